@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import save_file
+
+# Before vllm is imported: one thread a process, and no look-up on a hub.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = str(Path(__file__).parent)
+sys.path.insert(0, TESTS)  # tiny_model, also in processes that unpickle it
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [TESTS, os.environ.get("PYTHONPATH")])
+)
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A directory with TinyModel's config and weights."""
+    from tiny_model import CONFIG, trained_model
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(trained_model().state_dict(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def start(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """Starts `LLM()` on `model_dir`, in this process unless `processes=True`.
+
+    What it started is stopped after the test, and nothing may be left over.
+    """
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    before = set(psutil.Process().children(recursive=True))
+    started = []
+
+    def start_llm(processes: bool = False, **options: Any) -> LLM:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes)))
+        defaults = {
+            "model": str(model_dir),
+            "dtype": "float32",
+            "max_model_len": 128,
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 1 << 24,
+        }
+        llm = LLM(**(defaults | options))
+        started.append(llm)
+        return llm
+
+    yield start_llm
+    for llm in started:
+        llm.llm_engine.engine_core.shutdown(timeout=30)
+    cleanup_dist_env_and_memory()
+    # multiprocessing keeps one resource tracker for the life of this process.
+    tracker = resource_tracker._resource_tracker._pid
+    left = set(psutil.Process().children(recursive=True)) - before
+    _, alive = psutil.wait_procs([p for p in left if p.pid != tracker], timeout=10)
+    assert not alive, f"left over: {alive}"

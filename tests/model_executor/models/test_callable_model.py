@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+import copy
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import VOCAB, TinyModel, build, full_sequence_logits, greedy
+from tiny_model import trained_model
+from torch import nn
+
+from vllm import ModelRegistry, SamplingParams
+from vllm.model_executor.models.callable_model import (
+    CallableModelWrapper,
+    _CallableRegisteredModel,
+)
+
+PROMPTS = [[1, 2, 3], list(range(40)), [7]]
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """The global registry, restored after the test."""
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    return ModelRegistry
+
+
+def generate(llm, prompts=PROMPTS, max_tokens=8):
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False),
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def expected(prompts=PROMPTS, max_tokens=8):
+    model = trained_model()
+    return [greedy(model, prompt, max_tokens) for prompt in prompts]
+
+
+class Builder:
+    def __call__(self, vllm_config, parallel_context):
+        return TinyModel()
+
+    def method(self, vllm_config, parallel_context):
+        return TinyModel()
+
+
+def with_prefix(vllm_config, parallel_context, *, prefix):
+    assert prefix == ""
+    return TinyModel()
+
+
+CALLABLES = {
+    "function": build,
+    "lambda": lambda vllm_config, parallel_context: TinyModel(),
+    "partial": functools.partial(with_prefix),
+    "bound method": Builder().method,
+    "callable object": Builder(),
+    "string": "tiny_model:build",
+}
+
+
+class TestRegistration:
+    @pytest.mark.parametrize("form", CALLABLES)
+    def test_every_form_of_callable_resolves_to_a_wrapper_class(self, form):
+        ModelRegistry.register_model("TinyModel", CALLABLES[form])
+        model_cls = ModelRegistry.models["TinyModel"].load_model_cls()
+        assert issubclass(model_cls, CallableModelWrapper)
+        assert model_cls.__name__ in ("TinyModel", "build")
+
+    def test_questions_are_answered_without_calling_the_factory(self):
+        def factory(vllm_config, parallel_context):
+            raise AssertionError("called")
+
+        ModelRegistry.register_model("TinyModel", factory)
+        info = ModelRegistry.models["TinyModel"].inspect_model_cls()
+        assert info.architecture == "TinyModel"
+        assert info.is_text_generation_model
+        assert not (info.supports_pp or info.is_pooling_model)
+        assert not (info.supports_multimodal or info.is_attention_free)
+
+    @pytest.mark.parametrize(
+        "name", ["supports_pp", "is_pooling_model", "is_attention_free"]
+    )
+    def test_declared_capability(self, name):
+        ModelRegistry.register_model("TinyModel", build, **{name: True})
+        assert getattr(ModelRegistry.models["TinyModel"].inspect_model_cls(), name)
+
+    def test_return_annotation_declares_capabilities(self):
+        class Annotated(TinyModel):
+            supports_pp = True
+            has_inner_state = True
+
+            def make_empty_intermediate_tensors(self, *args):
+                raise NotImplementedError
+
+        def factory(vllm_config, parallel_context) -> Annotated:
+            return Annotated()
+
+        ModelRegistry.register_model("TinyModel", factory)
+        info = ModelRegistry.models["TinyModel"].inspect_model_cls()
+        assert info.supports_pp and info.has_inner_state
+        ModelRegistry.register_model("TinyModel", factory, has_inner_state=False)
+        info = ModelRegistry.models["TinyModel"].inspect_model_cls()
+        assert info.supports_pp and not info.has_inner_state
+
+    def test_a_pooling_model_does_not_generate_text(self):
+        ModelRegistry.register_model("TinyModel", build, is_pooling_model=True)
+        info = ModelRegistry.models["TinyModel"].inspect_model_cls()
+        assert info.is_pooling_model and not info.is_text_generation_model
+
+    def test_registering_again_replaces(self):
+        ModelRegistry.register_model("TinyModel", build)
+        first = ModelRegistry.models["TinyModel"]
+        ModelRegistry.register_model("TinyModel", CALLABLES["lambda"])
+        assert ModelRegistry.models["TinyModel"] is not first
+
+    @pytest.mark.parametrize(
+        "bad, message",
+        [
+            (7, "expected a model class, a callable or a string 'module:name', got a"),
+            (lambda: None, "too many positional arguments"),
+            (lambda vllm_config: None, "too many positional arguments"),
+            (lambda a, b, c: None, "missing a required argument: 'c'"),
+            (lambda *, vllm_config, parallel_context: None, "positional arguments"),
+            (nn.Linear(2, 2), "Register `lambda vllm_config, parallel_context: module`"),
+            ("no colon", "<module>:<class>"),
+        ],
+    )
+    def test_what_cannot_be_called_is_refused_at_registration(self, bad, message):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ModelRegistry.register_model("TinyModel", bad)
+        assert "TinyModel" not in ModelRegistry.models
+
+    def test_misspelt_capability(self):
+        with pytest.raises(TypeError, match="did you mean supports_pp"):
+            ModelRegistry.register_model("TinyModel", build, support_pp=True)
+
+    def test_a_class_declares_its_own_capabilities(self):
+        with pytest.raises(TypeError, match="as class attributes"):
+            ModelRegistry.register_model("TinyModel", TinyModel, supports_pp=True)
+
+
+class TestTransport:
+    @pytest.mark.parametrize("form", CALLABLES)
+    def test_pickle(self, form):
+        model = _CallableRegisteredModel("TinyModel", CALLABLES[form], {})
+        copied = pickle.loads(pickle.dumps(model))
+        assert copied.architecture == "TinyModel"
+        assert copied.load_model_cls().__name__ == "TinyModel"
+
+    def test_a_closure_travels_with_what_it_holds(self):
+        width = 5
+        model = _CallableRegisteredModel("M", lambda c, p: nn.Linear(width, width), {})
+        copied = pickle.loads(pickle.dumps(model))
+        assert copied.factory(None, None).in_features == 5
+
+    def test_what_cannot_be_pickled_is_named(self):
+        settings = {"sizes": [1, 2], "guard": threading.Lock()}
+        model = _CallableRegisteredModel("M", lambda c, p: settings["sizes"], {})
+        with pytest.raises(TypeError) as error:
+            pickle.dumps(model)
+        assert "settings.['guard'] (a lock)" in str(error.value)
+        assert 'register the callable as "module:name"' in str(error.value)
+
+    def test_deepcopy_of_a_config_does_not_need_a_pickle(self):
+        guard = threading.Lock()
+        model = _CallableRegisteredModel("M", lambda c, p: guard, {})
+        assert copy.deepcopy({"carried": model})["carried"] is model
+
+
+@pytest.mark.engine
+class TestServing:
+    @pytest.mark.parametrize("form", CALLABLES)
+    def test_every_form_of_callable_serves(self, start, form):
+        ModelRegistry.register_model("TinyModel", CALLABLES[form])
+        assert generate(start()) == expected()
+
+    def test_names_are_the_modules_own(self, start):
+        ModelRegistry.register_model("TinyModel", build)
+        llm = start()
+        names = llm.apply_model(lambda model: list(model.state_dict()))[0]
+        assert names == list(TinyModel().state_dict())
+        names = llm.apply_model(lambda m: [name for name, _ in m.named_parameters()])[0]
+        assert names == [name for name, _ in TinyModel().named_parameters()]
+
+    def test_registering_again_serves_the_new_model(self, start, model_dir):
+        ModelRegistry.register_model("TinyModel", build)
+        assert generate(start()) == expected()
+
+        class Negated(TinyModel):
+            def compute_logits(self, hidden_states):
+                return -self.lm_head(hidden_states)
+
+        ModelRegistry.register_model("TinyModel", lambda c, p: Negated())
+        logits = full_sequence_logits(trained_model(), PROMPTS[0])
+        assert generate(start(), PROMPTS[:1], 1) == [[int(logits[-1].argmin())]]
+
+    @pytest.mark.parametrize("start_method", ["fork", "spawn"])
+    def test_a_closure_of_main_reaches_the_workers(self, model_dir, start_method):
+        script = Path(__file__).with_name("serve_from_main.py")
+        completed = subprocess.run(
+            [sys.executable, script, model_dir, start_method],
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            stdout=subprocess.PIPE,
+            timeout=300,
+            check=True,
+        )
+        tokens = json.loads(completed.stdout.splitlines()[-1])
+        assert tokens == expected(PROMPTS[1:2])[0]
+
+    def test_unpicklable_closure_under_spawn_fails_in_the_caller(self, start):
+        guard = threading.Lock()
+        ModelRegistry.register_model("TinyModel", lambda c, p: (guard, TinyModel())[1])
+        with pytest.raises(TypeError, match="because guard .a lock. cannot be pickled"):
+            start(processes=True)
+
+
+def no_forward(vllm_config, parallel_context):
+    model = nn.Module()
+    model.lm_head = nn.Linear(8, VOCAB)
+    return model
+
+
+def no_logits(vllm_config, parallel_context):
+    model = TinyModel()
+    model.vocabulary = model.lm_head
+    del model.lm_head
+    return model
+
+
+class Batched(TinyModel):
+    def forward(self, input_ids, positions):
+        return super().forward(input_ids, positions)[None]
+
+
+class Overflowing(TinyModel):
+    def compute_logits(self, hidden_states):
+        return self.lm_head(hidden_states) * torch.inf
+
+
+class NarrowHead(TinyModel):
+    def compute_logits(self, hidden_states):
+        return self.lm_head(hidden_states)[None]
+
+
+class OneArgument(TinyModel):
+    def forward(self, input_ids):
+        return self.embedding(input_ids)
+
+
+BAD_FACTORIES = {
+    "raises": (lambda c, p: 1 / 0, "division by zero"),
+    "None": (lambda c, p: None, "returned None; expected a torch.nn.Module"),
+    "class": (lambda c, p: TinyModel, "returned the class TinyModel; expected"),
+    "tensor": (lambda c, p: torch.ones(2, 3), "returned a tensor of shape .2, 3.;"),
+    "no forward": (no_forward, "has no forward. vLLM calls forward.self, input_ids"),
+    "forward of one": (lambda c, p: OneArgument(), "cannot be called with token ids"),
+    "no logits": (no_logits, "no way from hidden states to logits. Give it compute_"),
+    "batch axis": (lambda c, p: Batched(), "forward returned a tensor of shape .1, 8,"),
+    "NaN": (lambda c, p: Overflowing(), "logits are not finite at warm-up"),
+    "logits' shape": (lambda c, p: NarrowHead(), "logits have shape .1, 8, 128.;"),
+}
+
+
+@pytest.mark.engine
+class TestBadInput:
+    @pytest.mark.parametrize("case", BAD_FACTORIES)
+    def test_bad_factory(self, start, case):
+        factory, message = BAD_FACTORIES[case]
+        ModelRegistry.register_model("TinyModel", factory)
+        with pytest.raises(Exception, match=message):
+            start()
+
+    def test_root_cause_comes_first_from_worker_processes(self, start):
+        ModelRegistry.register_model("TinyModel", BAD_FACTORIES["None"][0])
+        with pytest.raises(RuntimeError, match="^TypeError: TinyModel: the registered"):
+            start(processes=True, tensor_parallel_size=2)
+
+    def test_heads_that_tp_does_not_divide(self, start):
+        ModelRegistry.register_model("TinyModel", build)
+        with pytest.raises(ValueError, match="attention heads .2. must be divisible"):
+            start(tensor_parallel_size=3)
+
+    def test_pipeline_parallelism_undeclared(self, start):
+        ModelRegistry.register_model("TinyModel", build)
+        with pytest.raises(NotImplementedError, match="with `supports_pp=True`"):
+            start(pipeline_parallel_size=2)

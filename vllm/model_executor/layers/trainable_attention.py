@@ -1,0 +1,970 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Attention that trains and serves: one module, one state dict.
+
+In an engine step these layers are vLLM's paged `Attention`. Anywhere else they are
+differentiable attention over packed variable-length or padded batches.
+"""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from vllm.config import get_current_vllm_config_or_none
+from vllm.forward_context import is_forward_context_available
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+
+__all__ = ["TrainableAttention", "TrainableFlashAttention", "packed_sequences"]
+
+
+# --------------------------------------------------------------------------------
+# Which tokens belong to which sequence
+# --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequences:
+    """The sequences along one token axis.
+
+    Either ragged, bounded by `cu_seqlens`, or `num_seqs` rows of `max_seqlen`
+    tokens each (then `cu_seqlens` is None and no length ever leaves the device).
+    """
+
+    num_seqs: int
+    max_seqlen: int
+    cu_seqlens: torch.Tensor | None = None  # [num_seqs + 1]
+    ragged_lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> "_Sequences":
+        """Checks `cu_seqlens` and reads it: on a GPU this waits for the device."""
+        if (
+            cu_seqlens.dim() != 1
+            or cu_seqlens.numel() == 0
+            or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        ):
+            raise ValueError(
+                "cu_seqlens must be an int32 tensor of shape [num_seqs + 1], got "
+                f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}. Build it as "
+                "F.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))."
+            )
+        offsets = cu_seqlens.tolist()
+        lengths = tuple(end - start for start, end in pairwise(offsets))
+        if offsets[0] != 0 or min(lengths, default=0) < 0:
+            shown = offsets if len(offsets) <= 16 else [*offsets[:15], "..."]
+            raise ValueError(
+                f"cu_seqlens must start at 0 and never decrease, got {shown}. It holds "
+                "cumulative lengths, not lengths: sequence i is tokens "
+                "cu_seqlens[i]:cu_seqlens[i + 1]."
+            )
+        return cls(len(lengths), max(lengths, default=0), cu_seqlens, lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        if self.cu_seqlens is None:
+            return (self.max_seqlen,) * self.num_seqs
+        return self.ragged_lengths
+
+
+# PyTorch carries this thread-local to the threads that run backward, which it does
+# not do for a ContextVar: activation checkpointing recomputes the forward there.
+_TLS_KEY = "vllm.packed_sequences"
+_lock = threading.Lock()
+_num_active = 0  # in all threads; torch.compile guards on it
+_ever_active = False
+
+
+def _get_thread_sequences() -> _Sequences | None:
+    if not torch._C._is_key_in_tls(_TLS_KEY):
+        return None
+    return torch._C._get_obj_in_tls(_TLS_KEY)
+
+
+@contextmanager
+def packed_sequences(cu_seqlens: torch.Tensor) -> Iterator[None]:
+    """Tells every trainable attention layer called inside where sequences begin.
+
+    For training on packed batches without threading `cu_seqlens` through each
+    layer's forward:
+
+        with packed_sequences(cu_seqlens):
+            loss = loss_fn(model(input_ids, positions), labels)
+            loss.backward()
+
+    `cu_seqlens` is read once, here, for all layers. It applies to this thread and
+    to its backward. With activation checkpointing, call `backward()` inside too,
+    because the forward is recomputed then. An argument given to a layer wins over
+    this. In an engine step it has no effect.
+
+    Args:
+        cu_seqlens: int32 `[num_seqs + 1]`, cumulative lengths that start at 0;
+            sequence i is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
+
+    Raises:
+        ValueError: `cu_seqlens` has another shape or dtype, or decreases.
+    """
+    global _num_active, _ever_active
+    sequences = _Sequences.from_cu_seqlens(cu_seqlens)
+    outer = _get_thread_sequences()
+    with _lock:
+        _num_active += 1
+        _ever_active = True
+    torch._C._stash_obj_in_tls(_TLS_KEY, sequences)
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls(_TLS_KEY, outer)
+        with _lock:
+            _num_active -= 1
+
+
+def _graph_is_dense(cu_seqlens: torch.Tensor | None) -> bool:
+    """While compiling: whether rows are the sequences, so that nothing is ragged."""
+    return torch.compiler.is_compiling() and cu_seqlens is None and _num_active == 0
+
+
+@torch.compiler.disable(reason="reads packed_sequences()")
+def _thread_cu_seqlens() -> torch.Tensor | None:
+    sequences = _get_thread_sequences()
+    return None if sequences is None else sequences.cu_seqlens
+
+
+# --------------------------------------------------------------------------------
+# Differentiable attention over packed sequences
+# --------------------------------------------------------------------------------
+
+
+class _AttentionParams(NamedTuple):
+    scale: float
+    causal: bool
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    dropout: float
+
+
+# (q, k, v, sequences, params) -> output, where q and the output are
+# [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]
+_Kernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, _Sequences, _AttentionParams],
+    torch.Tensor,
+]
+
+
+def _select_kernel(sequences: _Sequences, params: _AttentionParams) -> _Kernel:
+    """Every choice of a training kernel is made here and nowhere else."""
+    window = params.sliding_window
+    if params.dropout > 0 or params.logits_soft_cap is not None:
+        return _blockwise_attention
+    if window is not None and window < sequences.max_seqlen:
+        return _blockwise_attention
+    return _sdpa_attention
+
+
+def _sdpa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: _Sequences,
+    params: _AttentionParams,
+) -> torch.Tensor:
+    """PyTorch's fused attention, one call per sequence or one for equal rows."""
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:  # each [batch, seq, heads, head_dim]
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=params.causal,
+            scale=params.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2)
+
+    if sequences.cu_seqlens is None:
+        rows = (sequences.num_seqs, sequences.max_seqlen)
+        return attend(*(x.unflatten(0, rows) for x in (q, k, v))).flatten(0, 1)
+    # split, unlike slices, has a backward that writes each gradient once
+    lengths = sequences.lengths or (0,)
+    pieces = (x.unsqueeze(0).split(lengths, dim=1) for x in (q, k, v))
+    return torch.cat(list(map(attend, *pieces)), dim=1).squeeze(0)
+
+
+# Queries in a block: few, so that a causal block skips later keys, and fewer where
+# the scores of all heads held at once would pass 16 MiB in float32.
+_BLOCK_ROWS = 256
+_MAX_BLOCK_SCORES = 1 << 22
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Attention in blocks of queries, with the log-sum-exp kept for the backward.
+
+    Takes what PyTorch's fused kernels do not: sliding window, soft cap, dropout.
+    Memory is linear in tokens, K and V are not expanded for grouped queries, and
+    half precision is computed in float32. The backward recomputes the
+    probabilities, as in FlashAttention (https://arxiv.org/abs/2205.14135), and
+    draws the same dropout again from `seed`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,  # [tokens, heads, head_dim]
+        k: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        v: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        lengths: tuple[int, ...],
+        params: _AttentionParams,
+        seed: int,
+    ) -> torch.Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[0], q.shape[1], dtype=_accumulation_dtype(q))
+        blocks = _Blocks(q, k, v, lengths, params, seed)
+        with torch.autocast(q.device.type, enabled=False):
+            for rows, cols, mask, kept in blocks:
+                scores, _ = blocks.scores(rows, cols, mask)
+                block_lse = scores.logsumexp(-1, keepdim=True)
+                probs = (scores - block_lse).exp_()
+                if kept is not None:
+                    probs *= kept
+                out[rows] = blocks.ungroup(probs.flatten(1, 2) @ blocks.keys(v, cols))
+                lse[rows] = blocks.ungroup(block_lse.flatten(1, 2)).squeeze(-1)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.lengths, ctx.params, ctx.seed = lengths, params, seed
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        params = ctx.params
+        # rows are written once; keys are summed over blocks
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_k, grad_v = (
+            torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v)
+        )
+        blocks = _Blocks(q, k, v, ctx.lengths, params, ctx.seed)
+        with torch.autocast(q.device.type, enabled=False):
+            for rows, cols, mask, kept in blocks:
+                scores, cap_slope = blocks.scores(rows, cols, mask)
+                block_lse = blocks.group(lse[rows].unsqueeze(-1))
+                probs = (scores - block_lse.unflatten(1, scores.shape[1:3])).exp_()
+                grad_block = blocks.group(grad_out[rows])
+                # sum over keys of P * dP, without the scores
+                delta = (grad_block * blocks.group(out[rows])).sum(-1, keepdim=True)
+                grad_probs = grad_block @ blocks.keys(v, cols).mT
+                dropped = probs
+                if kept is not None:
+                    dropped = probs * kept
+                    grad_probs = grad_probs * kept.flatten(1, 2)
+                grad_v[cols] += (dropped.flatten(1, 2).mT @ grad_block).transpose(0, 1)
+                grad_scores = probs.flatten(1, 2) * (grad_probs - delta)
+                if cap_slope is not None:
+                    grad_scores *= cap_slope.flatten(1, 2)
+                grad_scores *= params.scale
+                grad_q[rows] = blocks.ungroup(grad_scores @ blocks.keys(k, cols))
+                grad_k[cols] += (grad_scores.mT @ blocks.group(q[rows])).transpose(0, 1)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+class _Blocks:
+    """Walks over blocks of queries and the keys they see; the same way each time.
+
+    A block's tensors are grouped by KV head: [kv_heads, group * rows, ...], so that
+    one product serves all query heads that share a KV head.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: tuple[int, ...],
+        params: _AttentionParams,
+        seed: int,
+    ) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.lengths, self.params, self.seed = lengths, params, seed
+        self.kv_heads, self.group_size = k.shape[1], q.shape[1] // k.shape[1]
+        self.dtype = _accumulation_dtype(q)
+
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[slice, slice, torch.Tensor | None, torch.Tensor | None]]:
+        """Yields query rows, key columns, which keys are hidden, dropout factors."""
+        heads, device = self.q.shape[1], self.q.device
+        _, causal, window, _, dropout = self.params
+        generator = None
+        if dropout > 0:
+            generator = torch.Generator(device).manual_seed(self.seed)
+        first = 0
+        for length in self.lengths:
+            reach = max(length, 1)
+            if window is not None:
+                reach = min(reach, 2 * window + _BLOCK_ROWS)
+            step = min(_BLOCK_ROWS, max(16, _MAX_BLOCK_SCORES // (heads * reach)))
+            for start in range(0, length, step):
+                end = min(start + step, length)
+                lo = 0 if window is None else max(0, start - window + 1)
+                hi = end if causal else length
+                if window is not None:
+                    hi = min(hi, end + window - 1)
+                mask = None
+                if causal or window is not None:
+                    row = torch.arange(start, end, device=device).unsqueeze(1)
+                    distance = row - torch.arange(lo, hi, device=device)
+                    latest = 0 if causal or window is None else 1 - window
+                    mask = distance < latest  # [rows, cols]
+                    if window is not None:
+                        mask |= distance >= window
+                kept = None
+                if generator is not None:
+                    shape = (self.kv_heads, self.group_size, end - start, hi - lo)
+                    draws = torch.rand(
+                        shape, generator=generator, device=device, dtype=torch.float32
+                    )
+                    kept = (draws >= dropout).to(self.dtype).div_(1 - dropout)
+                rows = slice(first + start, first + end)
+                yield rows, slice(first + lo, first + hi), mask, kept
+            first += length
+
+    def group(self, x: torch.Tensor) -> torch.Tensor:
+        # [rows, heads, d] -> [kv_heads, group * rows, d]
+        x = x.to(self.dtype).unflatten(1, (self.kv_heads, self.group_size))
+        return x.permute(1, 2, 0, 3).flatten(1, 2)
+
+    def ungroup(self, x: torch.Tensor) -> torch.Tensor:
+        # [kv_heads, group * rows, d] -> [rows, heads, d]
+        return x.unflatten(1, (self.group_size, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+
+    def keys(self, x: torch.Tensor, cols: slice) -> torch.Tensor:
+        # [tokens, kv_heads, d] -> [kv_heads, cols, d]
+        return x[cols].to(self.dtype).transpose(0, 1)
+
+    def scores(
+        self, rows: slice, cols: slice, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scaled, capped and masked scores, and the soft cap's derivative."""
+        scores = self.group(self.q[rows]) @ self.keys(self.k, cols).mT
+        scores = scores.mul_(self.params.scale).unflatten(1, (self.group_size, -1))
+        slope = None
+        if (cap := self.params.logits_soft_cap) is not None:
+            tanh = (scores / cap).tanh_()
+            scores, slope = cap * tanh, 1 - tanh * tanh
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        return scores, slope  # [kv_heads, group, rows, cols]
+
+
+def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _blockwise_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: _Sequences,
+    params: _AttentionParams,
+) -> torch.Tensor:
+    if params.dropout > 0:
+        return _blockwise_with_dropout(q, k, v, sequences.lengths, params)
+    return _BlockwiseAttention.apply(q, k, v, sequences.lengths, params, 0)
+
+
+@torch.compiler.disable(reason="random generators cannot be traced")
+def _blockwise_with_dropout(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[int, ...],
+    params: _AttentionParams,
+) -> torch.Tensor:
+    # From the CPU's generator: torch.manual_seed and checkpointing govern it, and
+    # no device is waited for.
+    seed = int(torch.randint(2**63 - 1, ()))
+    return _BlockwiseAttention.apply(q, k, v, lengths, params, seed)
+
+
+# --------------------------------------------------------------------------------
+# vLLM's paged attention as a child module
+# --------------------------------------------------------------------------------
+
+
+class _NotInStateDict:
+    """Keeps a module's buffers out of checkpoints, whichever way they pass."""
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@functools.cache
+def _paged_attention_cls(causal: bool) -> type["Attention"]:
+    # imported late: `vllm.model_executor.layers` exports this module
+    from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention
+
+    base = Attention if causal else EncoderOnlyAttention
+    return type(f"Paged{base.__name__}", (_NotInStateDict, base), {})
+
+
+def _build_paged_attention(
+    layer: "TrainableAttention", prefix: str
+) -> "Attention | None":
+    """vLLM's attention for `layer`; None where no engine is building a model."""
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None or vllm_config.model_config is None:
+        return None
+    if not layer.causal and vllm_config.model_config.runner_type != "pooling":
+        # It would see only the new tokens of a step. Outside steps, as in a vision
+        # encoder, it still is of use.
+        return None
+    # late, as in _paged_attention_cls
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    if not prefix:
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        built = sum(isinstance(other, AttentionLayerBase) for other in layers)
+        prefix = f"trainable_attention.{built}"
+    if sum(part.isdecimal() for part in prefix.split(".")) != 1:
+        raise ValueError(
+            f"prefix {prefix!r} must contain exactly one integer, the layer's index, "
+            "as in 'model.layers.3.attn'. Leave prefix out to have one made."
+        )
+    cache_config = vllm_config.cache_config
+    if cache_config.sliding_window != layer.sliding_window:
+        # The layer's own window holds, as it does in training; vLLM would put the
+        # window of config.json in the place of None.
+        cache_config = copy.copy(cache_config)
+        cache_config.sliding_window = layer.sliding_window
+    paged = _paged_attention_cls(layer.causal)(
+        num_heads=layer.num_heads,
+        head_size=layer.head_dim,
+        scale=layer.scale,
+        num_kv_heads=layer.num_kv_heads,
+        cache_config=cache_config,
+        logits_soft_cap=layer.logits_soft_cap,
+        per_layer_sliding_window=layer.sliding_window,
+        prefix=prefix,
+    )
+    backend = paged.attn_backend
+    if not backend.supports_head_size(layer.head_dim):
+        raise ValueError(
+            f"vLLM's {backend.get_name()} attention does not take head_dim "
+            f"{layer.head_dim}, only {backend.get_supported_head_sizes()}. Choose one "
+            "of these, or another attention backend."
+        )
+    return paged
+
+
+# --------------------------------------------------------------------------------
+# The layers
+# --------------------------------------------------------------------------------
+
+
+class TrainableAttention(nn.Module):
+    """Scaled dot-product attention of q, k, v that trains and serves.
+
+    Built while an engine builds a model (inside the callable given to
+    `ModelRegistry.register_model`) and called in an engine step, it is vLLM's paged
+    attention: continuous batching, chunked prefill and prefix caching work. Called
+    anywhere else it is differentiable. It has no parameters, and the same empty
+    state dict in both places.
+
+    Under tensor parallelism `num_heads` and `num_kv_heads` are this rank's.
+
+    Args:
+        num_heads: Query heads.
+        head_dim: Size of each head.
+        num_kv_heads: Key and value heads; divides `num_heads`. Default: `num_heads`.
+        scale: Factor of the scores. Default: `head_dim ** -0.5`.
+        causal: Each token sees itself and earlier tokens. Otherwise all tokens of
+            its sequence; vLLM serves that in pooling models only.
+        dropout: Probability of dropping an attention weight, in `.train()` only and
+            never in an engine step.
+        sliding_window: Keys that a token sees, itself included: i sees j where
+            `i - j < sliding_window`, and `j - i < sliding_window` if not causal.
+        logits_soft_cap: Scores become `cap * tanh(score / cap)`.
+        prefix: Name of the layer in the engine, with its index as the only integer.
+            Default: a unique one.
+
+    Raises:
+        ValueError: An argument is out of range, or the engine's attention backend
+            does not take `head_dim`.
+
+    Reference: FlashAttention-2, https://arxiv.org/abs/2307.08691
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        scale: float | None = None,
+        causal: bool = True,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        logits_soft_cap: float | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads ({num_heads}) must be a positive multiple of num_kv_heads "
+                f"({num_kv_heads}). Under tensor parallelism both are this rank's."
+            )
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be positive, got {head_dim}.")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(
+                "sliding_window must be at least 1 (the token itself), got "
+                f"{sliding_window}. None means no window."
+            )
+        if logits_soft_cap is not None and logits_soft_cap <= 0:
+            raise ValueError(
+                f"logits_soft_cap must be positive, got {logits_soft_cap}. None means "
+                "no cap."
+            )
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_kv_heads = num_kv_heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.causal = causal
+        self.dropout = dropout
+        self.sliding_window = sliding_window
+        self.logits_soft_cap = logits_soft_cap
+        # a child, so that vLLM finds it when it processes weights after loading
+        self.paged = _build_paged_attention(self, prefix)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends within each sequence.
+
+        Layouts, where key and value have `num_kv_heads` in place of `num_heads`:
+
+        - packed: `[tokens, num_heads, head_dim]` or `[tokens, num_heads * head_dim]`;
+          sequences are bounded by `cu_seqlens`, else by `packed_sequences`, else all
+          tokens are one sequence. In an engine step tokens are always packed, and
+          vLLM knows the sequences.
+        - padded: `[batch, seq, num_heads, head_dim]`, or
+          `[batch, seq, num_heads * head_dim]` if `num_heads > 1`; each row is a
+          sequence. A batch of one row may be packed like the above.
+
+        Args:
+            query: Queries, of a floating dtype.
+            key: Keys, of the same dtype.
+            value: Values, of the same dtype.
+            cu_seqlens: int32 `[num_seqs + 1]`, cumulative lengths of a packed batch.
+            attention_mask: Bool or integer `[batch, seq]` for a padded batch, nonzero
+                where there is a token. The others see nothing, are not seen, take no
+                place (distances are between tokens), and their output is 0.
+
+        Returns:
+            The attended values, in the layout and dtype of `query` (under autocast
+            in autocast's dtype).
+
+        Raises:
+            ValueError: Shapes or `cu_seqlens` do not fit.
+            TypeError: Dtypes differ or are not floating.
+            RuntimeError: An engine step reaches a layer that no engine built, or a
+                recomputation in backward runs outside its `packed_sequences`.
+        """
+        merged = query.dim() == 2 or (
+            query.dim() == 3
+            and self.num_heads > 1
+            and query.shape[-1] == self.num_heads * self.head_dim
+        )
+        q = self._split_heads("query", query, self.num_heads, merged)
+        k = self._split_heads("key", key, self.num_kv_heads, merged)
+        v = self._split_heads("value", value, self.num_kv_heads, merged)
+        if q.dim() not in (3, 4) or not (q.shape[:-2] == k.shape[:-2] == v.shape[:-2]):
+            raise ValueError(
+                "query, key and value must share their leading axes, [tokens] or "
+                f"[batch, seq], got shapes {list(query.shape)}, {list(key.shape)} and "
+                f"{list(value.shape)}."
+            )
+        if is_forward_context_available():
+            out = self._attend_paged(q, k, v, cu_seqlens, attention_mask)
+        else:
+            q, k, v = self._match_dtypes(q, k, v)
+            if attention_mask is not None:
+                out = self._attend_masked(q, k, v, cu_seqlens, attention_mask)
+            else:
+                out = self._attend(q, k, v, cu_seqlens)
+        return out.flatten(-2) if merged else out
+
+    def _split_heads(
+        self, name: str, x: torch.Tensor, heads: int, merged: bool
+    ) -> torch.Tensor:
+        if merged and x.shape[-1] == heads * self.head_dim:
+            return x.unflatten(-1, (heads, self.head_dim))
+        if not merged and x.shape[-2:] == (heads, self.head_dim):
+            return x
+        axes = f"{heads * self.head_dim}" if merged else f"{heads}, {self.head_dim}"
+        raise ValueError(
+            f"{name} must have shape [..., {axes}] ({heads} heads of size "
+            f"{self.head_dim}, laid out as the query is), got {list(x.shape)}."
+        )
+
+    def _match_dtypes(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        device_type = qkv[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            # like PyTorch's attention, which leaves float64 alone
+            qkv = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in qkv)
+        dtypes = [x.dtype for x in qkv]
+        if not dtypes[0].is_floating_point or len(set(dtypes)) > 1:
+            raise TypeError(
+                "query, key and value must have one floating dtype, got "
+                f"{', '.join(map(str, dtypes))}. Cast them, or use torch.autocast."
+            )
+        return qkv
+
+    def _attend_paged(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.paged is None:
+            raise RuntimeError(
+                "This TrainableAttention cannot take part in an engine step: "
+                + (
+                    "no engine built it. Build the model inside the callable given to "
+                    "ModelRegistry.register_model."
+                    if self.causal
+                    else "it is not causal. That is served in pooling models only "
+                    "(runner='pooling'), built inside the callable given to "
+                    "ModelRegistry.register_model."
+                )
+            )
+        if cu_seqlens is not None or attention_mask is not None:
+            raise ValueError(
+                "In an engine step vLLM knows the sequences: leave cu_seqlens and "
+                "attention_mask None."
+            )
+        out = self.paged(*(x.reshape(-1, x.shape[-2] * x.shape[-1]) for x in (q, k, v)))
+        return out.view(q.shape)
+
+    def _attend_masked(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        _check_mask(attention_mask, q.shape[:-2])
+        if cu_seqlens is not None:
+            raise ValueError("Pass either cu_seqlens or attention_mask, not both.")
+        present = attention_mask.to(torch.bool)
+        cu_seqlens = F.pad(present.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
+        index = present.flatten().nonzero().squeeze(1)
+        padded_shape = q.shape
+        q, k, v = (x.flatten(0, 1).index_select(0, index) for x in (q, k, v))
+        out = self._attend(q, k, v, cu_seqlens)
+        padded = out.new_zeros(present.numel(), *out.shape[1:])
+        return padded.index_copy(0, index, out).view(padded_shape)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        batch, seq = (1, q.shape[0]) if q.dim() == 3 else q.shape[:2]
+        rows = _Sequences(num_seqs=batch, max_seqlen=seq)
+        if _graph_is_dense(cu_seqlens):
+            return self._run_kernel(q, k, v, rows)
+        return self._attend_eagerly(q, k, v, rows, cu_seqlens)
+
+    @torch.compiler.disable(reason="the lengths of packed sequences differ per batch")
+    def _attend_eagerly(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: _Sequences,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        sequences = (
+            _get_thread_sequences()
+            if cu_seqlens is None
+            else _Sequences.from_cu_seqlens(cu_seqlens)
+        )
+        if sequences is None:
+            in_backward = torch._C._current_graph_task_id() != -1
+            if _ever_active and in_backward and rows.num_seqs == 1:
+                # To take a pack for one sequence would give wrong gradients silently.
+                raise RuntimeError(
+                    "Attention is recomputed in backward (activation checkpointing) "
+                    "outside packed_sequences(). Call backward() inside the `with` "
+                    "block, or pass cu_seqlens through the checkpointed function."
+                )
+            return self._run_kernel(q, k, v, rows)
+        if rows.num_seqs != 1:
+            raise ValueError(
+                f"cu_seqlens is for packed tokens, but the batch has {rows.num_seqs} "
+                f"rows of {rows.max_seqlen}. Flatten it to [tokens, ...], or leave "
+                "cu_seqlens (and packed_sequences) out."
+            )
+        if sum(sequences.lengths) != rows.max_seqlen:
+            raise ValueError(
+                f"cu_seqlens ends at {sum(sequences.lengths)}, but the packed batch "
+                f"has {rows.max_seqlen} tokens. Its last entry must be their number."
+            )
+        return self._run_kernel(q, k, v, sequences)
+
+    def _run_kernel(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: _Sequences
+    ) -> torch.Tensor:
+        params = _AttentionParams(
+            scale=self.scale,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        kernel = _select_kernel(sequences, params)
+        shape = q.shape
+        if q.dim() == 4:
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return kernel(q, k, v, sequences, params).view(shape)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"num_kv_heads={self.num_kv_heads}, scale={self.scale}, "
+            f"causal={self.causal}, dropout={self.dropout}, "
+            f"sliding_window={self.sliding_window}, "
+            f"logits_soft_cap={self.logits_soft_cap}"
+        )
+
+
+def _check_mask(attention_mask: torch.Tensor, leading: torch.Size) -> None:
+    if len(leading) != 2 or attention_mask.shape != leading:
+        raise ValueError(
+            "attention_mask must be [batch, seq] and belongs to a padded batch, got "
+            f"shape {list(attention_mask.shape)} for leading axes {list(leading)}."
+        )
+    if attention_mask.is_floating_point():
+        raise TypeError(
+            "attention_mask must be bool or integer, nonzero where there is a token, "
+            f"got {attention_mask.dtype}. Additive masks are not taken."
+        )
+
+
+class TrainableFlashAttention(nn.Module):
+    """Multi-head self-attention, hidden states in and out, that trains and serves.
+
+    Four linear projections, `q_proj`, `k_proj`, `v_proj` and `o_proj`, named as in
+    Hugging Face's Llama, an optional rotary embedding, and `TrainableAttention`.
+    Under tensor parallelism each rank computes all heads; use `TrainableAttention`
+    with parallel projections to divide them.
+
+    Args:
+        hidden_size: Size of the hidden states.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads; divides `num_heads`. Default: `num_heads`.
+        head_dim: Size of each head. Default: `hidden_size // num_heads`.
+        dropout: See `TrainableAttention`, as for the next four.
+        scale: Factor of the scores.
+        causal: Each token sees itself and earlier tokens only.
+        sliding_window: Keys that a token sees.
+        logits_soft_cap: Bound of the scores.
+        bias: Whether the projections have biases.
+        rope_theta: Base of a rotary embedding over the whole head, rotated in halves
+            (NeoX style, as in Llama). Default: no rotary embedding.
+        rotary_emb: Another rotary embedding instead: a callable or module, called
+            as `rotary_emb(positions, q, k)` with q and k `[..., heads, head_dim]`,
+            which returns both rotated, out of place.
+        prefix: Name of this layer in the engine, such as `model.layers.3.self_attn`.
+            Default: a unique one.
+
+    Raises:
+        ValueError: An argument is out of range, or the engine's attention backend
+            does not take `head_dim`.
+
+    References: FlashAttention-2, https://arxiv.org/abs/2307.08691; rotary embedding,
+    https://arxiv.org/abs/2104.09864
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        causal: bool = True,
+        sliding_window: int | None = None,
+        logits_soft_cap: float | None = None,
+        bias: bool = False,
+        rope_theta: float | None = None,
+        rotary_emb: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        if head_dim is None:
+            if num_heads < 1 or hidden_size % num_heads:
+                raise ValueError(
+                    f"hidden_size ({hidden_size}) is not a multiple of num_heads "
+                    f"({num_heads}). Change one, or give head_dim."
+                )
+            head_dim = hidden_size // num_heads
+        if rope_theta is not None and rotary_emb is not None:
+            raise ValueError("Give either rope_theta or rotary_emb, not both.")
+        if rope_theta is not None and (rope_theta <= 0 or head_dim % 2):
+            raise ValueError(
+                "A rotary embedding needs a positive rope_theta and an even head_dim, "
+                f"got {rope_theta} and {head_dim}."
+            )
+        self.hidden_size = hidden_size
+        self.rope_theta = rope_theta
+        self.rotary_emb = (
+            rotary_emb
+            if rope_theta is None
+            else functools.partial(_rotate, theta=rope_theta)
+        )
+        self.attn = TrainableAttention(
+            num_heads,
+            head_dim,
+            num_kv_heads,
+            scale=scale,
+            causal=causal,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            prefix=f"{prefix}.attn" if prefix else "",
+        )
+        q_size = num_heads * head_dim
+        kv_size = self.attn.num_kv_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, q_size, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends within each sequence.
+
+        Args:
+            hidden_states: Packed `[tokens, hidden_size]`, the only layout in an
+                engine step, or padded `[batch, seq, hidden_size]`.
+            positions: Integer positions for the rotary embedding, `[tokens]`,
+                `[batch, seq]` or `[seq]`. Required in an engine step. Default:
+                counted from 0 in each sequence.
+            cu_seqlens: See `TrainableAttention.forward`.
+            attention_mask: See `TrainableAttention.forward`.
+
+        Returns:
+            A tensor of the shape of `hidden_states`.
+
+        Raises:
+            ValueError: Shapes or `cu_seqlens` do not fit, or `positions` are missing
+                in an engine step.
+        """
+        if (
+            hidden_states.dim() not in (2, 3)
+            or hidden_states.shape[-1] != self.hidden_size
+        ):
+            raise ValueError(
+                f"hidden_states must be [tokens, {self.hidden_size}] or [batch, seq, "
+                f"{self.hidden_size}], got {list(hidden_states.shape)}. They come "
+                "first, positions second."
+            )
+        q_heads = (self.attn.num_heads, self.attn.head_dim)
+        kv_heads = (self.attn.num_kv_heads, self.attn.head_dim)
+        # each [..., heads, head_dim]
+        q = self.q_proj(hidden_states).unflatten(-1, q_heads)
+        k = self.k_proj(hidden_states).unflatten(-1, kv_heads)
+        v = self.v_proj(hidden_states).unflatten(-1, kv_heads)
+        if self.rotary_emb is not None:
+            if positions is None:
+                positions = _default_positions(
+                    hidden_states, cu_seqlens, attention_mask
+                )
+            q, k = self.rotary_emb(positions, q, k)
+        out = self.attn(q, k, v, cu_seqlens, attention_mask)
+        return self.o_proj(out.flatten(-2))
+
+    def extra_repr(self) -> str:
+        return f"rope_theta={self.rope_theta}" if self.rope_theta else ""
+
+
+def _default_positions(
+    hidden_states: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Positions counted from 0 in each sequence."""
+    if is_forward_context_available():
+        raise ValueError(
+            "positions must be given in an engine step: pass on the positions that "
+            "vLLM gives the model's forward."
+        )
+    if attention_mask is not None:
+        _check_mask(attention_mask, hidden_states.shape[:-1])
+        return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
+    device = hidden_states.device
+    positions = torch.arange(hidden_states.shape[-2], device=device)
+    if _graph_is_dense(cu_seqlens):
+        return positions
+    if cu_seqlens is None:
+        cu_seqlens = _thread_cu_seqlens()
+    if cu_seqlens is not None and cu_seqlens.numel() > 1:
+        cu_seqlens = cu_seqlens.to(device)
+        index = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+        positions = positions - cu_seqlens[index]
+    return positions
+
+
+def _rotate(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates q and k, `[..., heads, head_dim]`, by their positions `[...]`."""
+    head_dim = q.shape[-1]
+    # Computed anew and in float32, so that no .to(bfloat16) or to_empty() spoils it.
+    exponents = torch.arange(0, head_dim, 2, device=q.device, dtype=torch.float32)
+    inv_freq = 1.0 / (theta ** (exponents / head_dim))
+    angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # [..., 1, head_dim]
+    cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return apply(q), apply(k)

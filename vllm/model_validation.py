@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Check that a served model computes what its reference computes.
+
+The engine generates greedily; the reference then reads each whole sequence once and
+says what it would have done at every position. Because it reads the *served* tokens
+(teacher forcing), one near-tie counts once and does not cascade.
+
+    report = validate(llm, lambda token_ids: model(token_ids), prompts)
+    report.print_table()
+    sys.exit(report.exit_code)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.logprobs import FlatLogprobs, PromptLogprobs, SampleLogprobs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from vllm.entrypoints.llm import LLM
+    from vllm.tokenizers import TokenizerLike
+
+# Token ids [seq] (int64, on the CPU) -> logits [seq, vocab] of any floating dtype;
+# row i predicts token i + 1.
+Reference = Callable[[torch.Tensor], torch.Tensor]
+
+LISTED = 8
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a report has to keep to pass.
+
+    The defaults are for float32 on both sides, where what is left is rounding.
+
+    Args:
+        greedy_agreement: least fraction of generated tokens that are the reference's
+            own first choice.
+        max_logprob_diff: largest |Δ log p| of any token, in nats.
+        mean_logprob_diff: largest mean |Δ log p|, in nats.
+        max_kl: largest KL(served || reference) at any generated token, in nats. The
+            default is what errors of `max_logprob_diff` in all log-probs add up to.
+
+    """
+
+    greedy_agreement: float = 1.0
+    max_logprob_diff: float = 1e-4
+    mean_logprob_diff: float = 1e-5
+    max_kl: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TokenComparison:
+    """One token, as served and as the reference sees it.
+
+    Args:
+        prompt: index of the prompt.
+        position: index in the sequence, prompt included.
+        token_id: the token.
+        generated: whether the engine chose it; otherwise it is of the prompt.
+        served_logprob: its log-probability in the engine, in nats.
+        reference_logprob: its log-probability in the reference, in nats.
+        rank: its place in the reference's order, 1 for the most likely; tokens tied
+            with it do not count. 0 if the reference's logits have NaNs.
+        kl: KL(served || reference) over the log-probs served at this position, both
+            sides normalized over these; None if fewer than two were served.
+        finite: whether all the above are finite numbers.
+        text: the token's text, if there is a tokenizer.
+
+    """
+
+    prompt: int
+    position: int
+    token_id: int
+    generated: bool
+    served_logprob: float
+    reference_logprob: float
+    rank: int
+    kl: float | None
+    finite: bool
+    text: str = ""
+
+    @property
+    def logprob_diff(self) -> float:
+        """|Δ log p| in nats; NaN if either side is."""
+        return abs(self.served_logprob - self.reference_logprob)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the reference would have chosen this token, too."""
+        return self.finite and self.rank == 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a report: `value`, and the `limit` it has to keep."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """How a served model compares to its reference.
+
+    Args:
+        thresholds: what had to be kept.
+        num_prompts: prompts that were served.
+        tokens: every compared token, of prompts and generated.
+        missing_tokens: tokens that were asked for and not generated, or that came
+            without a log-probability.
+        kl_support: over which log-probs the KL was taken.
+
+    """
+
+    thresholds: Thresholds
+    num_prompts: int
+    tokens: tuple[TokenComparison, ...]
+    missing_tokens: int
+    kl_support: str
+
+    @property
+    def generated(self) -> list[TokenComparison]:
+        return [token for token in self.tokens if token.generated]
+
+    @property
+    def prompt_tokens(self) -> list[TokenComparison]:
+        return [token for token in self.tokens if not token.generated]
+
+    @property
+    def greedy_agreement(self) -> float:
+        """Fraction of generated tokens that the reference would have chosen."""
+        return _mean([float(token.agrees) for token in self.generated])
+
+    @property
+    def rank_histogram(self) -> dict[int, int]:
+        """Generated tokens by their rank in the reference's order; 1 is first."""
+        return dict(sorted(Counter(token.rank for token in self.generated).items()))
+
+    @property
+    def checks(self) -> list[Check]:
+        """Everything that has to hold, in the order of the table."""
+        limits = self.thresholds
+        generated = [token.logprob_diff for token in self.generated]
+        prompts = [token.logprob_diff for token in self.prompt_tokens]
+        kl = [token.kl for token in self.generated if token.kl is not None]
+        broken = sum(not token.finite for token in self.tokens)
+        agreement = self.greedy_agreement
+        checks = [
+            _at_most("missing tokens", self.missing_tokens, 0),
+            _at_most("tokens with NaN or infinity", broken, 0),
+            Check(
+                "greedy agreement",
+                agreement,
+                limits.greedy_agreement,
+                agreement >= limits.greedy_agreement,
+            ),
+            _at_most("max |Δ log p|", _max(generated), limits.max_logprob_diff),
+            _at_most("mean |Δ log p|", _mean(generated), limits.mean_logprob_diff),
+        ]
+        if kl:
+            checks.append(_at_most("max KL", _max(kl), limits.max_kl))
+        if prompts:
+            checks += [
+                _at_most(
+                    "prompt max |Δ log p|", _max(prompts), limits.max_logprob_diff
+                ),
+                _at_most(
+                    "prompt mean |Δ log p|", _mean(prompts), limits.mean_logprob_diff
+                ),
+            ]
+        return checks
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed, on at least one generated token."""
+        return bool(self.generated) and all(check.passed for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if passed, else 1: for `sys.exit`."""
+        return 0 if self.passed else 1
+
+    @property
+    def worst(self) -> list[TokenComparison]:
+        """The tokens to look at first: broken, then disagreeing, then by |Δ log p|."""
+        return sorted(
+            self.tokens,
+            key=lambda token: (
+                token.finite,
+                token.agrees or not token.generated,
+                -token.logprob_diff if token.finite else 0.0,
+            ),
+        )[:LISTED]
+
+    def to_json(self) -> str:
+        """The report as a JSON object; numbers that are not finite become null."""
+        report = {
+            "passed": self.passed,
+            "num_prompts": self.num_prompts,
+            "num_prompt_tokens": len(self.prompt_tokens),
+            "num_generated_tokens": len(self.generated),
+            "kl_support": self.kl_support,
+            "thresholds": asdict(self.thresholds),
+            "checks": [asdict(check) for check in self.checks],
+            "rank_histogram": self.rank_histogram,
+            "worst": [
+                asdict(token) | {"logprob_diff": token.logprob_diff}
+                for token in self.worst
+            ],
+        }
+        return json.dumps(
+            _finite(report), indent=2, ensure_ascii=False, allow_nan=False
+        )
+
+    def write_json(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def print_table(self) -> None:
+        """Print the report to standard output."""
+        from rich.console import Console
+
+        Console().print(self)
+
+    def __rich__(self) -> Group:
+        # Imported here: serving does not need them.
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        verdict = (
+            Text("PASSED", "bold green") if self.passed else Text("FAILED", "bold red")
+        )
+        title = Text.assemble(
+            "Served against reference: ",
+            verdict,
+            f"\n{self.num_prompts} prompts of {len(self.prompt_tokens)} tokens, "
+            f"{len(self.generated)} tokens generated",
+        )
+        summary = Table(title=title)
+        summary.add_column("check")
+        summary.add_column("value", justify="right")
+        summary.add_column("limit", justify="right")
+        summary.add_column("")
+        for check in self.checks:
+            mark = Text("ok", "green") if check.passed else Text("fail", "bold red")
+            sign = "≥" if check.name == "greedy agreement" else "≤"
+            summary.add_row(
+                check.name, f"{check.value:.6g}", f"{sign} {check.limit:g}", mark
+            )
+        ranks = ", ".join(
+            f"{rank}: {count}" for rank, count in list(self.rank_histogram.items())[:8]
+        )
+        parts: list[Any] = [
+            summary,
+            Text(f"Ranks in the reference's order, and tokens: {ranks}"),
+            Text(f"KL(served || reference) over {self.kl_support}, in nats"),
+        ]
+        if not self.passed:
+            worst = Table(title="Worst tokens")
+            for name in ("prompt", "position", "token", "text"):
+                worst.add_column(name)
+            for name in ("log p served", "log p reference", "rank"):
+                worst.add_column(name, justify="right")
+            for token in self.worst:
+                worst.add_row(
+                    str(token.prompt),
+                    f"{token.position}" + ("" if token.generated else " (prompt)"),
+                    str(token.token_id),
+                    Text(repr(token.text)),
+                    f"{token.served_logprob:.6f}",
+                    f"{token.reference_logprob:.6f}",
+                    str(token.rank),
+                )
+            parts.append(worst)
+        return Group(*parts)
+
+
+def validate(
+    llm: LLM,
+    reference: Reference,
+    prompts: Sequence[str | list[int]],
+    max_tokens: int = 64,
+    thresholds: Thresholds | None = None,
+) -> ValidationReport:
+    """Serve `prompts` greedily and compare every token with the reference.
+
+    The KL is over the whole vocabulary if the engine was started with
+    `max_logprobs=-1`, else over the `max_logprobs` most likely tokens. Generation
+    does not stop at an end-of-sequence token. Log-probs of the prompts are asked
+    for, too; therefore vLLM does not read its prefix cache here.
+
+    Args:
+        llm: the engine.
+        reference: token ids `[seq]` (int64, on the CPU) -> logits `[seq, vocab]` of
+            any floating dtype; row i predicts token i + 1. Called once per prompt,
+            without gradients.
+        prompts: texts or lists of token ids.
+        max_tokens: tokens to generate for each prompt.
+        thresholds: what has to be kept; by default `Thresholds()`, for float32.
+
+    Raises:
+        ValueError: there is nothing to compare, or the reference's logits have
+            another shape.
+
+    """
+    if not prompts or max_tokens < 1:
+        raise ValueError(
+            f"Nothing to validate: {len(prompts)} prompts, max_tokens={max_tokens}. "
+            "Give at least one prompt and one token."
+        )
+    model_config = llm.llm_engine.model_config
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=model_config.max_logprobs,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,  # of a whole vocabulary, at every position
+    )
+    inputs = [
+        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        for prompt in prompts
+    ]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    tokenizer = None if model_config.skip_tokenizer_init else llm.get_tokenizer()
+    return validate_outputs(outputs, reference, max_tokens, thresholds, tokenizer)
+
+
+@torch.no_grad()
+def validate_outputs(
+    outputs: Sequence[RequestOutput],
+    reference: Reference,
+    max_tokens: int,
+    thresholds: Thresholds | None = None,
+    tokenizer: TokenizerLike | None = None,
+) -> ValidationReport:
+    """Compare what an engine, such as an `AsyncLLM`, already generated.
+
+    Args:
+        outputs: finished requests, generated greedily with `logprobs` and, for the
+            prompts' tokens to be compared, too, `prompt_logprobs`.
+        reference: as for `validate`.
+        max_tokens: tokens that every request should have generated.
+        thresholds: as for `validate`.
+        tokenizer: decodes tokens for the table.
+
+    Raises:
+        ValueError: the reference's logits have another shape.
+
+    """
+    tokens: list[TokenComparison] = []
+    missing = 0
+    served_per_token: list[int] = []
+    vocab_size = 0
+    for index, output in enumerate(outputs):
+        prompt, completion = list(output.prompt_token_ids or []), output.outputs[0]
+        sequence = prompt + list(completion.token_ids)
+        logprobs = _reference_logprobs(reference, sequence)
+        vocab_size = logprobs.shape[1]
+        missing += max(0, max_tokens - len(completion.token_ids))
+        for position in range(1, len(sequence)):  # nothing predicts the first token
+            token_id, generated = sequence[position], position >= len(prompt)
+            if generated:
+                served = _served_logprobs(completion.logprobs, position - len(prompt))
+            elif output.prompt_logprobs is not None:
+                served = _served_logprobs(output.prompt_logprobs, position)
+            else:
+                continue
+            if token_id not in served:
+                missing += 1
+                continue
+            row = logprobs[position - 1]
+            kl = _kl(served, row)
+            if generated:
+                served_per_token.append(len(served))
+            numbers = [served[token_id], row[token_id].item(), kl or 0.0]
+            tokens.append(
+                TokenComparison(
+                    prompt=index,
+                    position=position,
+                    token_id=token_id,
+                    generated=generated,
+                    served_logprob=served[token_id],
+                    reference_logprob=row[token_id].item(),
+                    rank=0
+                    if row.isnan().any()
+                    else int((row > row[token_id]).sum()) + 1,
+                    kl=kl,
+                    finite=all(map(math.isfinite, numbers)),
+                    text=tokenizer.decode([token_id]) if tokenizer else "",
+                )
+            )
+    fewest = min(served_per_token, default=0)
+    whole = fewest == vocab_size > 0
+    return ValidationReport(
+        thresholds=thresholds or Thresholds(),
+        num_prompts=len(outputs),
+        tokens=tuple(tokens),
+        missing_tokens=missing,
+        kl_support=(
+            "the whole vocabulary"
+            if whole
+            else f"the {fewest} tokens served as most likely, not the whole vocabulary"
+        ),
+    )
+
+
+def _reference_logprobs(reference: Reference, sequence: list[int]) -> torch.Tensor:
+    """Log-probs `[seq, vocab]` in float64, on the CPU."""
+    logits = reference(torch.tensor(sequence))
+    if (
+        logits.dim() != 2
+        or len(logits) != len(sequence)
+        or (logits.shape[1] <= max(sequence))
+    ):
+        raise ValueError(
+            f"The reference returned logits of shape {list(logits.shape)} for "
+            f"{len(sequence)} token ids up to {max(sequence)}; expected "
+            f"[{len(sequence)}, vocab], without a batch axis."
+        )
+    return logits.to("cpu", torch.float64).log_softmax(-1)
+
+
+def _served_logprobs(
+    logprobs: SampleLogprobs | PromptLogprobs | None, index: int
+) -> dict[int, float]:
+    """Log-prob of each token that the engine reported at `index`, none if none."""
+    if logprobs is None or index >= len(logprobs):
+        return {}
+    if isinstance(logprobs, FlatLogprobs):  # without an object for each log-prob
+        at = slice(logprobs.start_indices[index], logprobs.end_indices[index])
+        return dict(zip(logprobs.token_ids[at], logprobs.logprobs[at], strict=True))
+    return {token: entry.logprob for token, entry in (logprobs[index] or {}).items()}
+
+
+def _kl(served: dict[int, float], reference: torch.Tensor) -> float | None:
+    """KL(served || reference) over the served tokens, both normalized over these."""
+    if len(served) < 2:
+        return None
+    p = torch.tensor(list(served.values()), dtype=torch.float64).log_softmax(-1)
+    q = reference[list(served)].log_softmax(-1)
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
+
+
+def _at_most(name: str, value: float, limit: float) -> Check:
+    return Check(name, value, limit, value <= limit)  # never true of a NaN
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _max(values: Sequence[float]) -> float:
+    """The largest value; NaN if there is one, or no value."""
+    if not values or any(map(math.isnan, values)):
+        return math.nan
+    return max(values)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with each float that JSON cannot write replaced by None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
