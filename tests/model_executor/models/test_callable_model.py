@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_model import VOCAB, TinyModel, build, full_sequence_logits, greedy
 from tiny_model import trained_model
 from torch import nn
@@ -295,3 +296,72 @@ class TestBadInput:
         ModelRegistry.register_model("TinyModel", build)
         with pytest.raises(NotImplementedError, match="with `supports_pp=True`"):
             start(pipeline_parallel_size=2)
+
+
+class TestBadWeights:
+    """Errors in the checkpoint, through the whole engine."""
+
+    pytestmark = pytest.mark.engine
+
+    @pytest.fixture(autouse=True)
+    def registered(self):
+        ModelRegistry.register_model("TinyModel", build)
+
+    def start_fails(self, start, message):
+        with pytest.raises(ValueError, match=message):
+            start()
+
+    def test_missing_surplus_and_misshaped(self, start, model_dir):
+        weights = trained_model().state_dict()
+        weights["lm_head.bias"] = torch.ones(VOCAB)
+        weights["layers.0.norm.bias"] = torch.ones(3)
+        del weights["layers.1.norm.weight"]
+        save_file(weights, model_dir / "model.safetensors")
+        self.start_fails(
+            start,
+            "does not fit TinyModel: 1 missing: layers.1.norm.weight; 1 surplus: "
+            r"lm_head.bias; 1 mis-shaped: layers.0.norm.bias \[3\], expected \[64\]",
+        )
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+    def test_truncated(self, start, model_dir, name):
+        if name.endswith(".pt"):
+            (model_dir / "model.safetensors").unlink()
+            torch.save(trained_model().state_dict(), model_dir / name)
+        path = model_dir / name
+        path.write_bytes(path.read_bytes()[:-1000])
+        self.start_fails(start, "cannot be read: .* truncated one has to be copied")
+
+    def test_a_pickle_that_wants_code(self, start, model_dir, tmp_path_factory):
+        (model_dir / "model.safetensors").unlink()
+        trap = tmp_path_factory.mktemp("trap") / "sprung"
+        torch.save({"lm_head.weight": RunsCode(str(trap))}, model_dir / "model.pt")
+        self.start_fails(start, "a pickle that is not plain tensors, and is not run")
+        assert not trap.exists()
+
+    def test_pt_serves(self, start, model_dir):
+        (model_dir / "model.safetensors").unlink()
+        torch.save(trained_model().state_dict(), model_dir / "model.pt")
+        assert generate(start()) == expected()
+
+    def test_the_modules_own_load_weights_wins(self, start, model_dir):
+        class Renaming(TinyModel):
+            def load_weights(self, weights):
+                self.load_state_dict(
+                    {name.removeprefix("model."): tensor for name, tensor in weights}
+                )
+
+        prefixed = {f"model.{k}": v for k, v in trained_model().state_dict().items()}
+        save_file(prefixed, model_dir / "model.safetensors")
+        ModelRegistry.register_model("TinyModel", lambda c, p: Renaming())
+        assert generate(start()) == expected()
+
+
+class RunsCode:
+    """Its unpickling creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
