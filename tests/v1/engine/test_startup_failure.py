@@ -34,7 +34,7 @@ def test_a_worker_report_carries_type_message_and_notes():
 
 
 def test_the_cause_is_told_once_through_two_processes():
-    with pytest.raises(startup_failure.StartupFailure) as first:
+    with pytest.raises(startup_failure.StartupError) as first:
         startup_failure.raise_reported(startup_failure.worker_report(failure()))
     report = startup_failure.worker_report(first.value)
     assert report["error"] == "KeyError: 'weights'\nraised by the factory"

@@ -8,399 +8,29 @@ differentiable attention over packed variable-length or padded batches.
 
 import copy
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import is_forward_context_available
+from vllm.v1.attention.ops.packed_attention import (
+    AttentionParams,
+    Sequences,
+    current_cu_seqlens,
+    graph_is_dense,
+    packed_sequences,
+    select_kernel,
+    sequences_of,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
 __all__ = ["TrainableAttention", "TrainableFlashAttention", "packed_sequences"]
-
-
-# --------------------------------------------------------------------------------
-# Which tokens belong to which sequence
-# --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Sequences:
-    """The sequences along one token axis.
-
-    Either ragged, bounded by `cu_seqlens`, or `num_seqs` rows of `max_seqlen`
-    tokens each (then `cu_seqlens` is None and no length ever leaves the device).
-    """
-
-    num_seqs: int
-    max_seqlen: int
-    cu_seqlens: torch.Tensor | None = None  # [num_seqs + 1]
-    ragged_lengths: tuple[int, ...] = ()
-
-    @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> "_Sequences":
-        """Checks `cu_seqlens` and reads it: on a GPU this waits for the device."""
-        if (
-            cu_seqlens.dim() != 1
-            or cu_seqlens.numel() == 0
-            or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        ):
-            raise ValueError(
-                "cu_seqlens must be an int32 tensor of shape [num_seqs + 1], got "
-                f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}. Build it as "
-                "F.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))."
-            )
-        offsets = cu_seqlens.tolist()
-        lengths = tuple(end - start for start, end in pairwise(offsets))
-        if offsets[0] != 0 or min(lengths, default=0) < 0:
-            shown = offsets if len(offsets) <= 16 else [*offsets[:15], "..."]
-            raise ValueError(
-                f"cu_seqlens must start at 0 and never decrease, got {shown}. It holds "
-                "cumulative lengths, not lengths: sequence i is tokens "
-                "cu_seqlens[i]:cu_seqlens[i + 1]."
-            )
-        return cls(len(lengths), max(lengths, default=0), cu_seqlens, lengths)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        if self.cu_seqlens is None:
-            return (self.max_seqlen,) * self.num_seqs
-        return self.ragged_lengths
-
-
-# PyTorch carries this thread-local to the threads that run backward, which it does
-# not do for a ContextVar: activation checkpointing recomputes the forward there.
-_TLS_KEY = "vllm.packed_sequences"
-_lock = threading.Lock()
-_num_active = 0  # in all threads; torch.compile guards on it
-_ever_active = False
-
-
-def _get_thread_sequences() -> _Sequences | None:
-    if not torch._C._is_key_in_tls(_TLS_KEY):
-        return None
-    return torch._C._get_obj_in_tls(_TLS_KEY)
-
-
-@contextmanager
-def packed_sequences(cu_seqlens: torch.Tensor) -> Iterator[None]:
-    """Tells every trainable attention layer called inside where sequences begin.
-
-    For training on packed batches without threading `cu_seqlens` through each
-    layer's forward:
-
-        with packed_sequences(cu_seqlens):
-            loss = loss_fn(model(input_ids, positions), labels)
-            loss.backward()
-
-    `cu_seqlens` is read once, here, for all layers. It applies to this thread and
-    to its backward. With activation checkpointing, call `backward()` inside too,
-    because the forward is recomputed then. An argument given to a layer wins over
-    this. In an engine step it has no effect.
-
-    Args:
-        cu_seqlens: int32 `[num_seqs + 1]`, cumulative lengths that start at 0;
-            sequence i is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
-
-    Raises:
-        ValueError: `cu_seqlens` has another shape or dtype, or decreases.
-    """
-    global _num_active, _ever_active
-    sequences = _Sequences.from_cu_seqlens(cu_seqlens)
-    outer = _get_thread_sequences()
-    with _lock:
-        _num_active += 1
-        _ever_active = True
-    torch._C._stash_obj_in_tls(_TLS_KEY, sequences)
-    try:
-        yield
-    finally:
-        torch._C._stash_obj_in_tls(_TLS_KEY, outer)
-        with _lock:
-            _num_active -= 1
-
-
-def _graph_is_dense(cu_seqlens: torch.Tensor | None) -> bool:
-    """While compiling: whether rows are the sequences, so that nothing is ragged."""
-    return torch.compiler.is_compiling() and cu_seqlens is None and _num_active == 0
-
-
-@torch.compiler.disable(reason="reads packed_sequences()")
-def _thread_cu_seqlens() -> torch.Tensor | None:
-    sequences = _get_thread_sequences()
-    return None if sequences is None else sequences.cu_seqlens
-
-
-# --------------------------------------------------------------------------------
-# Differentiable attention over packed sequences
-# --------------------------------------------------------------------------------
-
-
-class _AttentionParams(NamedTuple):
-    scale: float
-    causal: bool
-    sliding_window: int | None
-    logits_soft_cap: float | None
-    dropout: float
-
-
-# (q, k, v, sequences, params) -> output, where q and the output are
-# [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]
-_Kernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, _Sequences, _AttentionParams],
-    torch.Tensor,
-]
-
-
-def _select_kernel(sequences: _Sequences, params: _AttentionParams) -> _Kernel:
-    """Every choice of a training kernel is made here and nowhere else."""
-    window = params.sliding_window
-    if params.dropout > 0 or params.logits_soft_cap is not None:
-        return _blockwise_attention
-    if window is not None and window < sequences.max_seqlen:
-        return _blockwise_attention
-    return _sdpa_attention
-
-
-def _sdpa_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sequences: _Sequences,
-    params: _AttentionParams,
-) -> torch.Tensor:
-    """PyTorch's fused attention, one call per sequence or one for equal rows."""
-
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:  # each [batch, seq, heads, head_dim]
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=params.causal,
-            scale=params.scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.transpose(1, 2)
-
-    if sequences.cu_seqlens is None:
-        rows = (sequences.num_seqs, sequences.max_seqlen)
-        return attend(*(x.unflatten(0, rows) for x in (q, k, v))).flatten(0, 1)
-    # split, unlike slices, has a backward that writes each gradient once
-    lengths = sequences.lengths or (0,)
-    pieces = (x.unsqueeze(0).split(lengths, dim=1) for x in (q, k, v))
-    return torch.cat(list(map(attend, *pieces)), dim=1).squeeze(0)
-
-
-# Queries in a block: few, so that a causal block skips later keys, and fewer where
-# the scores of all heads held at once would pass 16 MiB in float32.
-_BLOCK_ROWS = 256
-_MAX_BLOCK_SCORES = 1 << 22
-
-
-class _BlockwiseAttention(torch.autograd.Function):
-    """Attention in blocks of queries, with the log-sum-exp kept for the backward.
-
-    Takes what PyTorch's fused kernels do not: sliding window, soft cap, dropout.
-    Memory is linear in tokens, K and V are not expanded for grouped queries, and
-    half precision is computed in float32. The backward recomputes the
-    probabilities, as in FlashAttention (https://arxiv.org/abs/2205.14135), and
-    draws the same dropout again from `seed`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,  # [tokens, heads, head_dim]
-        k: torch.Tensor,  # [tokens, kv_heads, head_dim]
-        v: torch.Tensor,  # [tokens, kv_heads, head_dim]
-        lengths: tuple[int, ...],
-        params: _AttentionParams,
-        seed: int,
-    ) -> torch.Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[0], q.shape[1], dtype=_accumulation_dtype(q))
-        blocks = _Blocks(q, k, v, lengths, params, seed)
-        with torch.autocast(q.device.type, enabled=False):
-            for rows, cols, mask, kept in blocks:
-                scores, _ = blocks.scores(rows, cols, mask)
-                block_lse = scores.logsumexp(-1, keepdim=True)
-                probs = (scores - block_lse).exp_()
-                if kept is not None:
-                    probs *= kept
-                out[rows] = blocks.ungroup(probs.flatten(1, 2) @ blocks.keys(v, cols))
-                lse[rows] = blocks.ungroup(block_lse.flatten(1, 2)).squeeze(-1)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.lengths, ctx.params, ctx.seed = lengths, params, seed
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        params = ctx.params
-        # rows are written once; keys are summed over blocks
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_k, grad_v = (
-            torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v)
-        )
-        blocks = _Blocks(q, k, v, ctx.lengths, params, ctx.seed)
-        with torch.autocast(q.device.type, enabled=False):
-            for rows, cols, mask, kept in blocks:
-                scores, cap_slope = blocks.scores(rows, cols, mask)
-                block_lse = blocks.group(lse[rows].unsqueeze(-1))
-                probs = (scores - block_lse.unflatten(1, scores.shape[1:3])).exp_()
-                grad_block = blocks.group(grad_out[rows])
-                # sum over keys of P * dP, without the scores
-                delta = (grad_block * blocks.group(out[rows])).sum(-1, keepdim=True)
-                grad_probs = grad_block @ blocks.keys(v, cols).mT
-                dropped = probs
-                if kept is not None:
-                    dropped = probs * kept
-                    grad_probs = grad_probs * kept.flatten(1, 2)
-                grad_v[cols] += (dropped.flatten(1, 2).mT @ grad_block).transpose(0, 1)
-                grad_scores = probs.flatten(1, 2) * (grad_probs - delta)
-                if cap_slope is not None:
-                    grad_scores *= cap_slope.flatten(1, 2)
-                grad_scores *= params.scale
-                grad_q[rows] = blocks.ungroup(grad_scores @ blocks.keys(k, cols))
-                grad_k[cols] += (grad_scores.mT @ blocks.group(q[rows])).transpose(0, 1)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
-
-
-class _Blocks:
-    """Walks over blocks of queries and the keys they see; the same way each time.
-
-    A block's tensors are grouped by KV head: [kv_heads, group * rows, ...], so that
-    one product serves all query heads that share a KV head.
-    """
-
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: tuple[int, ...],
-        params: _AttentionParams,
-        seed: int,
-    ) -> None:
-        self.q, self.k, self.v = q, k, v
-        self.lengths, self.params, self.seed = lengths, params, seed
-        self.kv_heads, self.group_size = k.shape[1], q.shape[1] // k.shape[1]
-        self.dtype = _accumulation_dtype(q)
-
-    def __iter__(
-        self,
-    ) -> Iterator[tuple[slice, slice, torch.Tensor | None, torch.Tensor | None]]:
-        """Yields query rows, key columns, which keys are hidden, dropout factors."""
-        heads, device = self.q.shape[1], self.q.device
-        _, causal, window, _, dropout = self.params
-        generator = None
-        if dropout > 0:
-            generator = torch.Generator(device).manual_seed(self.seed)
-        first = 0
-        for length in self.lengths:
-            reach = max(length, 1)
-            if window is not None:
-                reach = min(reach, 2 * window + _BLOCK_ROWS)
-            step = min(_BLOCK_ROWS, max(16, _MAX_BLOCK_SCORES // (heads * reach)))
-            for start in range(0, length, step):
-                end = min(start + step, length)
-                lo = 0 if window is None else max(0, start - window + 1)
-                hi = end if causal else length
-                if window is not None:
-                    hi = min(hi, end + window - 1)
-                mask = None
-                if causal or window is not None:
-                    row = torch.arange(start, end, device=device).unsqueeze(1)
-                    distance = row - torch.arange(lo, hi, device=device)
-                    latest = 0 if causal or window is None else 1 - window
-                    mask = distance < latest  # [rows, cols]
-                    if window is not None:
-                        mask |= distance >= window
-                kept = None
-                if generator is not None:
-                    shape = (self.kv_heads, self.group_size, end - start, hi - lo)
-                    draws = torch.rand(
-                        shape, generator=generator, device=device, dtype=torch.float32
-                    )
-                    kept = (draws >= dropout).to(self.dtype).div_(1 - dropout)
-                rows = slice(first + start, first + end)
-                yield rows, slice(first + lo, first + hi), mask, kept
-            first += length
-
-    def group(self, x: torch.Tensor) -> torch.Tensor:
-        # [rows, heads, d] -> [kv_heads, group * rows, d]
-        x = x.to(self.dtype).unflatten(1, (self.kv_heads, self.group_size))
-        return x.permute(1, 2, 0, 3).flatten(1, 2)
-
-    def ungroup(self, x: torch.Tensor) -> torch.Tensor:
-        # [kv_heads, group * rows, d] -> [rows, heads, d]
-        return x.unflatten(1, (self.group_size, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-
-    def keys(self, x: torch.Tensor, cols: slice) -> torch.Tensor:
-        # [tokens, kv_heads, d] -> [kv_heads, cols, d]
-        return x[cols].to(self.dtype).transpose(0, 1)
-
-    def scores(
-        self, rows: slice, cols: slice, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scaled, capped and masked scores, and the soft cap's derivative."""
-        scores = self.group(self.q[rows]) @ self.keys(self.k, cols).mT
-        scores = scores.mul_(self.params.scale).unflatten(1, (self.group_size, -1))
-        slope = None
-        if (cap := self.params.logits_soft_cap) is not None:
-            tanh = (scores / cap).tanh_()
-            scores, slope = cap * tanh, 1 - tanh * tanh
-        if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf"))
-        return scores, slope  # [kv_heads, group, rows, cols]
-
-
-def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _blockwise_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sequences: _Sequences,
-    params: _AttentionParams,
-) -> torch.Tensor:
-    if params.dropout > 0:
-        return _blockwise_with_dropout(q, k, v, sequences.lengths, params)
-    return _BlockwiseAttention.apply(q, k, v, sequences.lengths, params, 0)
-
-
-@torch.compiler.disable(reason="random generators cannot be traced")
-def _blockwise_with_dropout(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: tuple[int, ...],
-    params: _AttentionParams,
-) -> torch.Tensor:
-    # From the CPU's generator: torch.manual_seed and checkpointing govern it, and
-    # no device is waited for.
-    seed = int(torch.randint(2**63 - 1, ()))
-    return _BlockwiseAttention.apply(q, k, v, lengths, params, seed)
-
-
-# --------------------------------------------------------------------------------
-# vLLM's paged attention as a child module
-# --------------------------------------------------------------------------------
 
 
 class _NotInStateDict:
@@ -469,11 +99,6 @@ def _build_paged_attention(
             "of these, or another attention backend."
         )
     return paged
-
-
-# --------------------------------------------------------------------------------
-# The layers
-# --------------------------------------------------------------------------------
 
 
 class TrainableAttention(nn.Module):
@@ -699,8 +324,8 @@ class TrainableAttention(nn.Module):
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
         batch, seq = (1, q.shape[0]) if q.dim() == 3 else q.shape[:2]
-        rows = _Sequences(num_seqs=batch, max_seqlen=seq)
-        if _graph_is_dense(cu_seqlens):
+        rows = Sequences(num_seqs=batch, max_seqlen=seq)
+        if graph_is_dense(cu_seqlens):
             return self._run_kernel(q, k, v, rows)
         return self._attend_eagerly(q, k, v, rows, cu_seqlens)
 
@@ -710,48 +335,22 @@ class TrainableAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        rows: _Sequences,
+        rows: Sequences,
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        sequences = (
-            _get_thread_sequences()
-            if cu_seqlens is None
-            else _Sequences.from_cu_seqlens(cu_seqlens)
-        )
-        if sequences is None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            if _ever_active and in_backward and rows.num_seqs == 1:
-                # To take a pack for one sequence would give wrong gradients silently.
-                raise RuntimeError(
-                    "Attention is recomputed in backward (activation checkpointing) "
-                    "outside packed_sequences(). Call backward() inside the `with` "
-                    "block, or pass cu_seqlens through the checkpointed function."
-                )
-            return self._run_kernel(q, k, v, rows)
-        if rows.num_seqs != 1:
-            raise ValueError(
-                f"cu_seqlens is for packed tokens, but the batch has {rows.num_seqs} "
-                f"rows of {rows.max_seqlen}. Flatten it to [tokens, ...], or leave "
-                "cu_seqlens (and packed_sequences) out."
-            )
-        if sum(sequences.lengths) != rows.max_seqlen:
-            raise ValueError(
-                f"cu_seqlens ends at {sum(sequences.lengths)}, but the packed batch "
-                f"has {rows.max_seqlen} tokens. Its last entry must be their number."
-            )
-        return self._run_kernel(q, k, v, sequences)
+        return self._run_kernel(q, k, v, sequences_of(rows, cu_seqlens))
 
     def _run_kernel(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: _Sequences
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences
     ) -> torch.Tensor:
-        params = _AttentionParams(
+        params = AttentionParams(
             scale=self.scale,
             causal=self.causal,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
             dropout=self.dropout if self.training else 0.0,
         )
-        kernel = _select_kernel(sequences, params)
+        kernel = select_kernel(q, sequences, params)
         shape = q.shape
         if q.dim() == 4:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -940,10 +539,10 @@ def _default_positions(
         return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
     device = hidden_states.device
     positions = torch.arange(hidden_states.shape[-2], device=device)
-    if _graph_is_dense(cu_seqlens):
+    if graph_is_dense(cu_seqlens):
         return positions
     if cu_seqlens is None:
-        cu_seqlens = _thread_cu_seqlens()
+        cu_seqlens = current_cu_seqlens()
     if cu_seqlens is not None and cu_seqlens.numel() > 1:
         cu_seqlens = cu_seqlens.to(device)
         index = torch.searchsorted(cu_seqlens, positions, right=True) - 1

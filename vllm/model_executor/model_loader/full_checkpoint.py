@@ -215,8 +215,9 @@ def _read(
         ) from error
     except (SafetensorError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{source} cannot be read: {error}. Check that it holds whole *.safetensors "
-            "or *.pt files; a truncated one has to be copied or saved again."
+            f"{source} cannot be read: {error}. Check that it holds whole "
+            "*.safetensors or *.pt files; a truncated one has to be copied or saved "
+            "again."
         ) from error
 
 

@@ -48,6 +48,9 @@ COMPUTE_LOGITS = "compute_logits(self, hidden_states) -> logits [tokens, vocab]"
 # Hugging Face, Megatron-core and TorchTitan name their output layers so.
 OUTPUT_HEADS = ("lm_head", "output_layer", "output")
 
+# Where nn.Module keeps what belongs to it.
+MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
 WARM_UP_TOKENS = 8
 
 
@@ -73,9 +76,8 @@ class CallableModelWrapper(nn.Module):
         module = self._registration.build(vllm_config, prefix)
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
-        for table in ("_parameters", "_buffers", "_modules"):
+        for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
-        self.__dict__["_non_persistent_buffers_set"] = module._non_persistent_buffers_set
 
         self._arch = arch
         self._vllm_config = vllm_config
@@ -335,9 +337,7 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
         carried = {
             name: model
             for name in names
-            if isinstance(
-                model := registry.models.get(name), _CallableRegisteredModel
-            )
+            if isinstance(model := registry.models.get(name), _CallableRegisteredModel)
         }
         vars(model_config)["_registered_callables"] = carried
     if not carried:
@@ -445,9 +445,7 @@ def _forward_keywords(architecture: str, module: nn.Module) -> frozenset[str] | 
     """
     kind = type(module).__name__
     if type(module).forward is nn.Module.forward:
-        raise TypeError(
-            f"{architecture}: {kind} has no forward. vLLM calls {FORWARD}."
-        )
+        raise TypeError(f"{architecture}: {kind} has no forward. vLLM calls {FORWARD}.")
     signature = inspect.signature(module.forward)
     try:
         signature.bind(None, None)
@@ -492,11 +490,12 @@ def _logits_function(
             logits = logits[0]
         if logits is None:
             return None
-        tokens = hidden_states.shape[0]
         if logits.dim() == 2 and logits.shape[-1] < vocab_size:
             # [tokens, vocab / TP] -> [tokens, vocab]
             logits = tensor_model_parallel_all_gather(logits)
-        if logits.dim() != 2 or logits.shape[0] != tokens or logits.shape[1] < vocab_size:
+        tokens = hidden_states.shape[0]
+        fits = logits.dim() == 2 and logits.shape[0] == tokens
+        if not fits or logits.shape[1] < vocab_size:
             raise ValueError(
                 f"{architecture}: logits have shape {list(logits.shape)}; expected "
                 f"[{tokens}, {vocab_size}], as the config's vocab_size says."
@@ -510,9 +509,9 @@ def _check_finite(architecture: str, logits: torch.Tensor) -> None:
     finite = torch.isfinite(logits)
     if not bool(finite.all()):
         raise ValueError(
-            f"{architecture}: {int((~finite).sum())} of {logits.numel()} logits are not "
-            f"finite at warm-up, in {logits.dtype}. Check the weights for NaN and the "
-            "model for overflow in this dtype."
+            f"{architecture}: {int((~finite).sum())} of {logits.numel()} logits are "
+            f"not finite at warm-up, in {logits.dtype}. Check the weights for NaN and "
+            "the model for overflow in this dtype."
         )
 
 

@@ -21,7 +21,7 @@ FAILED = "FAILED"
 DRAIN_MS = 200
 
 
-class StartupFailure(RuntimeError):
+class StartupError(RuntimeError):
     """What another process reported: its root cause, then where its traceback is."""
 
     def __init__(self, cause: str) -> None:
@@ -34,7 +34,7 @@ class StartupFailure(RuntimeError):
 
 def describe(error: BaseException) -> str:
     """The root cause's type, message and notes, without its traceback."""
-    if isinstance(error, StartupFailure):
+    if isinstance(error, StartupError):
         return error.cause
     return "".join(traceback.format_exception_only(error)).strip()
 
@@ -51,9 +51,9 @@ def engine_report(error: BaseException, local: bool, headless: bool) -> bytes:
 
 
 def raise_reported(message: dict[str, Any]) -> None:
-    """Raise `StartupFailure` if `message` reports one."""
+    """Raise `StartupError` if `message` reports one."""
     if message["status"] == FAILED:
-        raise StartupFailure(message["error"])
+        raise StartupError(message["error"])
 
 
 def raise_pending(events: list[tuple[Any, int]], handshake_socket: zmq.Socket) -> None:
