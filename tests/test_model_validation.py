@@ -290,3 +290,37 @@ def test_table_shows_text_as_it_is(model, capsys):
     )
     report.print_table()
     assert f"'[bold]{report.worst[0].token_id}\\n'" in capsys.readouterr().out
+
+
+@pytest.mark.engine
+def test_served_model(start, model_dir):
+    """Against an engine: equal, then with one weight of the reference changed."""
+    from safetensors.torch import save_file
+    from tiny_model import TinyModel, full_sequence_logits, trained_model
+
+    from vllm import ModelRegistry
+
+    model = trained_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 0.3  # well-conditioned: these thresholds are for rounding
+    save_file(model.state_dict(), model_dir / "model.safetensors")
+    ModelRegistry.register_model("TinyModel", lambda config, context: TinyModel())
+    llm = start(max_logprobs=-1)
+
+    def reference(token_ids: torch.Tensor) -> torch.Tensor:
+        return full_sequence_logits(model, token_ids.tolist())
+
+    prompts = [list(range(first, first + 20)) for first in (1, 30, 70)]
+    report = validate(llm, reference, prompts, max_tokens=16)
+    assert report.passed, report.to_json()
+    assert report.kl_support == "the whole vocabulary"
+    assert len(report.generated) == 3 * 16 and len(report.prompt_tokens) == 3 * 19
+
+    # more tokens than fit the context cannot all be served
+    too_many = validate(llm, reference, prompts, max_tokens=120)
+    assert failed(too_many) == {"missing tokens"}
+
+    with torch.no_grad():
+        model.layers[1].projection.bias[0] += 0.01
+    assert validate(llm, reference, prompts, max_tokens=16).exit_code == 1

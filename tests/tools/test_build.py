@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The real artefacts: built by pip, installed, run, edited and uninstalled."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools import patches, upstream
+from tools.compose import compose, source_requirements
 
 from .test_compose import check_record
 
@@ -101,13 +103,39 @@ def test_an_edit_takes_effect_in_a_development_installation(
     assert environment.files() == before
 
 
+@pytest.mark.parametrize("version", upstream.supported())
+def test_apply_and_revert_need_the_standard_library_only(checkout, tmp_path, version):
+    release = upstream.release(version)
+    tree = compose(tmp_path / "tree", release, "cpu", source=True, patched=False)
+
+    def tools(command: str) -> None:
+        # -S: without site-packages
+        run = [sys.executable, "-S", "-m", "tools", command, str(tree)]
+        subprocess.run(run, cwd=checkout, check=True)
+
+    before = digests(tree)
+    tools("apply")
+    changed = {n for patch in patches.series(version) for n in patch.files}
+    after = digests(tree)
+    assert {n for n in before if before[n] != after[n]} == changed
+    assert after.keys() - before.keys() >= set(patches.new_modules())
+    tools("revert")
+    assert digests(tree) == before
+
+
+def digests(tree: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(tree).as_posix(): hashlib.sha256(path.read_bytes()).digest()
+        for path in (tree / "vllm").rglob("*")
+        if path.is_file()
+    }
+
+
 def test_the_source_build(release, environment, checkout, tmp_path):
     """Upstream's own build, of the composed source, for the device without kernels."""
-    environment.run(
-        *(*PIP, "install", "--quiet", "--ignore-installed", "--no-deps"),
-        *("setuptools<81", "setuptools-scm", "vcs-versioning", "setuptools-rust"),
-        *("wheel", "semantic-version"),
-    )
+    wanted = source_requirements(release, "empty")
+    python_only = [line for line in wanted if not line.startswith(("torch", "cmake"))]
+    environment.run(*PIP, "install", "--quiet", *python_only)
     environment.run(
         *(*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."),
         cwd=checkout,

@@ -114,7 +114,7 @@ def test_a_full_disk_while_downloading(repository, index, sdist, monkeypatch):
     publish(index, artefact.file, sdist)
     before = set(repository.cache.iterdir())
 
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "the-file")
 
     monkeypatch.setattr("pypi_simple.PyPISimple.download_package", full)
@@ -177,9 +177,7 @@ def test_a_missing_wheel_is_explained(repository, version, device, complaint):
 
 def test_a_missing_machine_is_explained(repository, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(
-        BuildError, match="on riscv64, only for linux on aarch64 or x86"
-    ):
+    with pytest.raises(BuildError, match="on riscv64, only for linux on "):
         upstream.release().wheel("cpu")
 
 

@@ -9,13 +9,15 @@ differentiable attention over packed variable-length or padded batches.
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm.config import get_current_vllm_config_or_none
+import vllm.envs as envs
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.forward_context import is_forward_context_available
 from vllm.v1.attention.ops.packed_attention import (
     AttentionParams,
@@ -33,14 +35,24 @@ if TYPE_CHECKING:
 __all__ = ["TrainableAttention", "TrainableFlashAttention", "packed_sequences"]
 
 
-class _NotInStateDict:
-    """Keeps a module's buffers out of checkpoints, whichever way they pass."""
+class _PagedAttentionMixin:
+    """What `TrainableAttention` changes of vLLM's attention layers."""
+
+    # A window that hides nothing, for the sake of its kernel; None for none.
+    window_without_effect: int | None = None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Nothing: the buffers of an engine are not the model's."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Nothing, likewise."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
+        spec = super().get_kv_cache_spec(vllm_config)  # type: ignore[misc]
+        if self.window_without_effect is not None:
+            # Still full attention to the cache; only its kernel is told.
+            spec = replace(spec, sliding_window=self.window_without_effect)
+        return spec
 
 
 @functools.cache
@@ -49,7 +61,22 @@ def _paged_attention_cls(causal: bool) -> type["Attention"]:
     from vllm.model_executor.layers.attention import Attention, EncoderOnlyAttention
 
     base = Attention if causal else EncoderOnlyAttention
-    return type(f"Paged{base.__name__}", (_NotInStateDict, base), {})
+    return type(f"Paged{base.__name__}", (_PagedAttentionMixin, base), {})
+
+
+def _keep_bits_at_decode(paged: "Attention", max_model_len: int) -> None:
+    """Have a decode step of `paged` round like a training step, if it would not."""
+    if not envs.VLLM_BATCH_INVARIANT or paged.attn_backend.get_name() != "FLASH_ATTN":
+        return
+    from vllm.v1.attention.backends import flash_attn_invariant
+
+    if paged.sliding_window is not None:
+        return
+    if flash_attn_invariant.changes_bits_at_decode(paged.head_size):
+        # The last token of a sequence is never a query, so none looks further back.
+        paged.window_without_effect = max_model_len - 1
+        paged.impl.sliding_window = (max_model_len - 2, 0)
+        paged.attn_backend = flash_attn_invariant.FlashAttentionInvariantBackend
 
 
 def _build_paged_attention(
@@ -98,6 +125,8 @@ def _build_paged_attention(
             f"{layer.head_dim}, only {backend.get_supported_head_sizes()}. Choose one "
             "of these, or another attention backend."
         )
+    if layer.causal:
+        _keep_bits_at_decode(paged, vllm_config.model_config.max_model_len)
     return paged
 
 

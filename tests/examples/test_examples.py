@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Every example runs, at a small size, as a reader would start it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TRAINING = "custom_model_training_to_inference.py"
+MEGATRON = "offline_inference/custom_model_with_megatron.py"
+
+SMALL = ["--num-prompts", "3", "--max-tokens", "12"]
+
+
+def run(example: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """Run `example` to its end; it must leave no process behind."""
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / example), *SMALL, *args],
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # to find what it started
+    )
+    try:
+        output, _ = process.communicate(timeout=400)
+        deadline = time.monotonic() + 10
+        while (left := session(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left, f"left over: {left}\n{output}"
+    finally:
+        for child in session(process.pid):
+            child.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def session(leader: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader:
+                found.append(process)
+        except ProcessLookupError:  # it ended meanwhile
+            continue
+    return found
+
+
+def test_every_example_is_run_here():
+    scripts = {
+        str(path.relative_to(EXAMPLES))
+        for path in EXAMPLES.rglob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+    assert scripts == {TRAINING, MEGATRON}, "run each example in tests/examples"
+
+
+@pytest.mark.engine
+def test_training_to_inference(tmp_path):
+    small = ["--train-seconds", "3", "--num-samples", "2"]
+    result = run(TRAINING, *small, "--output-dir", str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    assert "PASSED" in result.stdout
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {"model.safetensors", "config.json", "tokenizer.json"}
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["passed"] and report["num_generated_tokens"] == 3 * 12
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("tp_size", "method"), [("1", "fork"), ("2", "fork"), ("2", "spawn")]
+)
+def test_megatron(tmp_path, tp_size, method):
+    pytest.importorskip("megatron.core")
+    result = run(
+        MEGATRON,
+        *("--tensor-parallel-size", tp_size, "--train-steps", "4"),
+        *("--output-dir", str(tmp_path), "--json", str(tmp_path / "report.json")),
+        VLLM_WORKER_MULTIPROC_METHOD=method,
+    )
+    assert result.returncode == 0, result.stdout
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["passed"] and report["num_generated_tokens"] == 3 * 12
+    assert report["rank_histogram"] == {"1": 3 * 12}
+
+
+@pytest.mark.engine
+def test_megatron_with_a_corrupted_weight_fails(tmp_path):
+    pytest.importorskip("megatron.core")
+    name = "decoder.layers.1.self_attention.linear_proj.weight"
+    result = run(
+        MEGATRON,
+        *("--corrupt", name, "--train-steps", "4", "--output-dir", str(tmp_path)),
+        *("--json", str(tmp_path / "report.json")),
+    )
+    assert result.returncode == 1, result.stdout
+    assert "FAILED" in result.stdout and "Worst tokens" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert not report["passed"]

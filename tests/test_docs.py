@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The documentation says what the code does, and says all of it."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted(DOCS.rglob("*.md"))
+MODULES = sorted((ROOT / "vllm").rglob("*.py"))
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for lang, _, code in FENCE.findall(page.read_text()) if lang == language]
+
+
+def titled_blocks(page: Path) -> dict[str, str]:
+    """The code blocks that have a file name as their title."""
+    return {title: code for _, title, code in FENCE.findall(page.read_text()) if title}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+# ---- The reference ---------------------------------------------------------------
+
+
+def defined(tree: ast.Module) -> dict[str, ast.AST]:
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return {node.name: node for node in tree.body if isinstance(node, kinds)}
+
+
+def public(tree: ast.Module) -> dict[str, ast.AST]:
+    """The classes and functions that a module offers; `__all__` decides if it is."""
+    offered = {name: n for name, n in defined(tree).items() if not name.startswith("_")}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+            offered = {name: offered.get(name) or imported(tree, name) for name in names}
+    return offered
+
+
+def imported(tree: ast.Module, name: str) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and name in {a.name for a in node.names}:
+            source = ROOT / f"{str(node.module).replace('.', '/')}.py"
+            return defined(ast.parse(source.read_text()))[name]
+    raise AssertionError(f"__all__ has {name}, which is not there")
+
+
+def interface(node: ast.AST, where: str = "") -> list[str]:
+    """What a caller sees of a class or function, one line for each part."""
+    if isinstance(node, ast.ClassDef):
+        lines = [f"class {node.name}"]
+        for part in node.body:
+            lines += interface(part, f"{node.name}.")
+        return lines
+    if isinstance(node, ast.AnnAssign):
+        name = ast.unparse(node.target)
+        value = f" = {ast.unparse(node.value)}" if node.value else ""
+        return [] if name.startswith("_") else [
+            f"{where}{name}: {ast.unparse(node.annotation)}{value}"
+        ]
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if node.name.startswith("_") and node.name != "__init__":
+            return []
+        decorators = "".join(
+            f"@{name} "
+            for name in map(ast.unparse, node.decorator_list)
+            if name in ("property", "classmethod", "staticmethod", "contextmanager")
+        )
+        returns = ast.unparse(node.returns) if node.returns else ""
+        return [
+            f"{decorators}{where}{node.name}({ast.unparse(node.args)}) -> {returns}"
+        ]
+    return []
+
+
+SECTIONS = {
+    section.partition("`")[0]: section
+    for section in re.split(
+        r"^## `(?=vllm\.)", (DOCS / "reference.md").read_text(), flags=re.M
+    )[1:]
+}
+
+
+@pytest.mark.parametrize("module", SECTIONS)
+def test_the_reference_has_the_signatures_of_the_code(module):
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    code = public(ast.parse(path.read_text()))
+    stubs = defined(ast.parse(FENCE.search(SECTIONS[module])[3]))
+    for name in sorted(code.keys() | stubs.keys()):
+        wanted = interface(code[name]) if name in code else []
+        documented = interface(stubs[name]) if name in stubs else []
+        assert documented == wanted, (
+            f"Edit {name} in the section `{module}` of docs/reference.md: the code has\n"
+            + "\n".join(wanted)
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_every_module_is_in_the_design(path):
+    assert f"| `{dotted(path)}` |" in (DOCS / "design.md").read_text(), (
+        f"Add `{dotted(path)}` to the table of modules in docs/design.md, and give it a "
+        "section in docs/reference.md if users import it."
+    )
+
+
+def test_every_patch_is_in_the_design():
+    listed = re.findall(r"^\| `(\d{4}-[\w-]+)` \|", (DOCS / "design.md").read_text(), re.M)
+    series = (ROOT / "patches/series").read_text().split()
+    assert [f"{name}.patch" for name in listed] == series, (
+        "Edit the table of patches in docs/design.md: it has to list patches/series, in "
+        "that order."
+    )
+
+
+def messages() -> list[str]:
+    """Every text in our modules and patches, with `…` for what is filled in."""
+    sources = [path.read_text() for path in MODULES]
+    found = []
+    for tree in map(ast.parse, sources):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                ]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_error_in_the_guide_is_one_that_the_code_raises():
+    guide = (DOCS / "models/custom_models.md").read_text()
+    section = guide.partition("## Errors")[2].partition("These come from vLLM itself")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", section, re.M)
+    assert quoted
+    texts = messages()
+    for message in quoted:
+        pattern = ".*?".join(map(re.escape, message.split("…")))
+        assert any(re.search(pattern, text, re.S) for text in texts), (
+            f"No code raises {message!r} any more: edit the table of errors in "
+            "docs/models/custom_models.md."
+        )
+
+
+# ---- Versions and examples ---------------------------------------------------------
+
+
+def test_the_releases_are_those_of_upstream_toml():
+    upstream = tomllib.loads((ROOT / "upstream.toml").read_text())
+    default, releases = upstream["default"], list(upstream["release"])
+    columns = [f"{r} (default)" if r == default else r for r in releases]
+    assert f"| vLLM | {' | '.join(columns)} |" in (ROOT / "README.md").read_text(), (
+        "Edit the table `What is supported` in README.md: upstream.toml has "
+        f"{', '.join(columns)}."
+    )
+    version = f"## [{default}+generic.{upstream['generic']}]"
+    assert version in (ROOT / "CHANGELOG.md").read_text(), (
+        f"Add a section {version} to CHANGELOG.md."
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=page_id)
+def test_every_example_is_run_by_a_test_and_in_the_docs(path):
+    def mentioned(files) -> bool:
+        return any(path.stem in f.read_text() for f in files if f != path)
+
+    tests = [p for p in (ROOT / "tests").rglob("*.py") if p != Path(__file__)]
+    if 'if __name__ == "__main__"' not in path.read_text():
+        programs = (ROOT / "examples").rglob("*.py")
+        assert mentioned([*tests, *programs]), f"Nothing imports {page_id(path)}."
+        return
+    assert mentioned(tests), f"Add a test to tests/examples/ that runs {page_id(path)}."
+    assert mentioned(PAGES), f"Name {page_id(path)} in docs/index.md."
+
+
+# ---- Code blocks and links ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_code_blocks_are_well_formed(page):
+    where = f"Edit the code block in {page_id(page)}: "
+    for code in blocks(page, "python"):
+        try:
+            tree = ast.parse(code)
+        except SyntaxError as error:
+            pytest.fail(f"{where}{error.msg} in {error.text!r}.")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if not str(node.module).startswith(("vllm", "torch")):
+                continue
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name), (
+                    f"{where}{node.module} has no {alias.name}."
+                )
+    for code in blocks(page, "json"):
+        json.loads(code)
+    for code in blocks(page, "toml"):
+        tomllib.loads(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_exist(page):
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    main = (ROOT / "tools/__main__.py").read_text()
+    commands = set(re.findall(r'command\(\s*"([\w-]+)"', main))
+    text = page.read_text()
+    for target in re.findall(r"(?:`|\$ )make (\w+)", text):
+        assert target in targets, f"Edit {page_id(page)}: no `make {target}`."
+    for command in re.findall(r"python -m tools ([a-z][\w-]*)", text):
+        assert command in commands, f"Edit {page_id(page)}: no `tools {command}`."
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_resolve(page):
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"Edit {page_id(page)}: {target} does not exist."
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", file.read_text()), re.M)
+            assert anchor in map(slug, headings), (
+                f"Edit {page_id(page)}: {page_id(file)} has no heading for #{anchor}."
+            )
+
+
+def test_hooks_fetch_nothing():
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    repos = re.findall(r"^ *- repo: (\S+)", config, re.M)
+    assert repos == ["local"], "Edit .pre-commit-config.yaml: local hooks only."
+
+
+# ---- The code blocks, run ------------------------------------------------------------
+
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+# Serves MyModel by a factory, with options, and prints a continuation.
+SERVE = """
+import json, sys
+
+from vllm import LLM, ModelRegistry, SamplingParams
+
+if __name__ == "__main__":
+    module, capabilities, options = sys.argv[1], *map(json.loads, sys.argv[2:])
+    sys.path.insert(0, ".")
+    factory = __import__(module).build
+    ModelRegistry.register_model("MyModel", factory, **capabilities)
+    llm = LLM(model=".", dtype="float32", skip_tokenizer_init=True, **options)
+    params = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
+    prompt = {"prompt_token_ids": list(range(40))}
+    print(list(llm.generate(prompt, params)[0].outputs[0].token_ids))
+"""
+
+
+def write_blocks(page: Path, folder: Path) -> None:
+    for name, code in titled_blocks(page).items():
+        (folder / name).write_text(code)
+
+
+def run(folder: Path, *command: str) -> str:
+    completed = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 0, (completed.stdout + completed.stderr)[-4000:]
+    return completed.stdout
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory) -> Path:
+    """A folder with the user guide's files, and the checkpoint that train.py saved."""
+    folder = tmp_path_factory.mktemp("guide")
+    write_blocks(DOCS / "models/custom_models.md", folder)
+    write_blocks(DOCS / "models/minimal_interface.md", folder)
+    run(folder, "train.py")
+    (folder / "continue.py").write_text(SERVE)
+    return folder
+
+
+def continuation(folder: Path, module: str, **options: object) -> list[int]:
+    capabilities = options.pop("capabilities", {})
+    arguments = (module, json.dumps(capabilities), json.dumps(options))
+    return json.loads(run(folder, "continue.py", *arguments).splitlines()[-1])
+
+
+def test_guide_trains(guide):
+    assert (guide / "model.safetensors").exists()
+
+
+@pytest.mark.engine
+def test_readme_example(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    write_blocks(ROOT / "README.md", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    shapes = {f"attention.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+    shapes |= {"embedding.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    weights["lm_head.bias"] = torch.zeros(vocab)
+    save_file(weights, tmp_path / "model.safetensors")
+    words = {f"w{i}": i for i in range(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+
+    serve = (tmp_path / "serve.py").read_text()
+    (tmp_path / "serve.py").write_text(serve.replace("path/to/model", "."))
+    assert re.fullmatch(r"( ?w\d+)+", run(tmp_path, "serve.py").splitlines()[-1].strip())
+
+
+@pytest.mark.engine
+def test_guide_serves_what_it_trained(guide):
+    assert "PASSED" in run(guide, "serve.py")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "module, capabilities, size",
+    [
+        ("dtensor", {}, "tensor_parallel_size"),
+        ("pipeline", {"supports_pp": True}, "pipeline_parallel_size"),
+    ],
+)
+def test_guide_in_parallel(guide, module, capabilities, size):
+    one = continuation(guide, module, capabilities=capabilities)
+    assert continuation(guide, module, capabilities=capabilities, **{size: 2}) == one
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "module, capabilities",
+    [("vllm_parallel", {}), ("smallest", {"is_attention_free": True})],
+)
+def test_other_modules_of_the_docs_serve(guide, module, capabilities):
+    options = {"load_format": "dummy", "capabilities": capabilities}
+    assert len(continuation(guide, module, **options)) == 12

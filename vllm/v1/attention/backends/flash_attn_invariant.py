@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""FlashAttention 3 whose decode steps round like its longer queries do.
+
+For a single query FA3 drops the causal flag, and at some head sizes it then walks
+the keys in blocks of another size: other bits. Within a sliding window it does not,
+so a window that hides nothing keeps the bits (tried on an H200: head sizes 64, 72,
+80 and 96; from 112 on there is no difference).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+
+def changes_bits_at_decode(head_dim: int) -> bool:
+    """Whether FA3, if it is what vLLM uses, needs the window at this head size."""
+    return head_dim < 112 and get_flash_attn_version(head_size=head_dim) == 3
+
+
+class FlashAttentionInvariantMetadataBuilder(FlashAttentionMetadataBuilder):
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        *args: Any,
+        **kwargs: Any,
+    ) -> FlashAttentionMetadata:
+        # FA3 ignores a window that the longest sequence it is told of fits into.
+        longest = self.model_config.max_model_len
+        common_attn_metadata = replace(common_attn_metadata, max_seq_len=longest)
+        return super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+
+
+class FlashAttentionInvariantBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionInvariantMetadataBuilder]:
+        return FlashAttentionInvariantMetadataBuilder
