@@ -64,7 +64,7 @@ def _paged_attention_cls(causal: bool) -> type["Attention"]:
     return type(f"Paged{base.__name__}", (_PagedAttentionMixin, base), {})
 
 
-def _keep_bits_at_decode(paged: "Attention", max_model_len: int) -> None:
+def _keep_bits_at_decode(paged: Any, max_model_len: int) -> None:
     """Have a decode step of `paged` round like a training step, if it would not."""
     if not envs.VLLM_BATCH_INVARIANT or paged.attn_backend.get_name() != "FLASH_ATTN":
         return
@@ -153,6 +153,8 @@ class TrainableAttention(nn.Module):
         sliding_window: Keys that a token sees, itself included: i sees j where
             `i - j < sliding_window`, and `j - i < sliding_window` if not causal.
         logits_soft_cap: Scores become `cap * tanh(score / cap)`.
+        deterministic: The gradient has the same bits on every run, as it also has
+            under `torch.use_deterministic_algorithms`.
         prefix: Name of the layer in the engine, with its index as the only integer.
             Default: a unique one.
 
@@ -173,6 +175,7 @@ class TrainableAttention(nn.Module):
         dropout: float = 0.0,
         sliding_window: int | None = None,
         logits_soft_cap: float | None = None,
+        deterministic: bool = False,
         prefix: str = "",
     ) -> None:
         super().__init__()
@@ -204,6 +207,7 @@ class TrainableAttention(nn.Module):
         self.dropout = dropout
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap
+        self.deterministic = deterministic
         # a child, so that vLLM finds it when it processes weights after loading
         self.paged = _build_paged_attention(self, prefix)
 
@@ -378,6 +382,9 @@ class TrainableAttention(nn.Module):
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
             dropout=self.dropout if self.training else 0.0,
+            deterministic=(
+                self.deterministic or torch.are_deterministic_algorithms_enabled()
+            ),
         )
         kernel = select_kernel(q, sequences, params)
         shape = q.shape

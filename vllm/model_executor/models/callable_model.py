@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import cloudpickle
 import torch
@@ -316,7 +316,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
 
 def as_model_cls(architecture: str, target: Any) -> type[nn.Module]:
     """The model class of what a lazily imported `module:name` turned out to be."""
-    if isinstance(target, type) and issubclass(target, nn.Module):
+    if isinstance(target, type):  # vLLM has some that are stubs, and no modules
         return target
     return _CallableRegisteredModel(architecture, target, {}).load_model_cls()
 
@@ -474,7 +474,7 @@ def _logits_function(
         heads = (getattr(module, name, None) for name in OUTPUT_HEADS)
         head = next((head for head in heads if head is not None), None)
     if head is None and hasattr(module, "get_output_embeddings"):
-        head = module.get_output_embeddings()
+        head = cast(Any, module).get_output_embeddings()
     if head is None:
         raise TypeError(
             f"{architecture}: {type(module).__name__} has no way from hidden states to "

@@ -212,6 +212,10 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
+    if q.shape[0] == 0:
+        return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
+    fa_version = _fa_version(q.shape[-1])
+    assert fa_version is not None  # `unsupported` has said so
     out, lse = flash_attn_varlen_func(
         q,
         k,
@@ -226,7 +230,7 @@ def _forward(
         return_softmax_lse=True,
         # Splits of the keys depend on the batch and would change the bits.
         num_splits=1,
-        fa_version=_fa_version(q.shape[-1]),
+        fa_version=fa_version,
     )
     return out, lse
 
@@ -253,6 +257,8 @@ def _backward(
     window_right: int,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.shape[0] == 0:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     problem = Problem(
         grad_out.contiguous(),
         q,
@@ -354,6 +360,6 @@ def flash_attention(
         params.scale,
         params.causal,
         *window,
-        torch.are_deterministic_algorithms_enabled(),
+        params.deterministic,
     )
     return out

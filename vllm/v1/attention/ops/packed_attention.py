@@ -166,6 +166,7 @@ class AttentionParams(NamedTuple):
     sliding_window: int | None
     logits_soft_cap: float | None
     dropout: float
+    deterministic: bool
 
 
 # (q, k, v, sequences, params) -> output, where q and the output are
@@ -326,7 +327,8 @@ class _Blocks:
     ) -> Iterator[tuple[slice, slice, torch.Tensor | None, torch.Tensor | None]]:
         """Yields query rows, key columns, which keys are hidden, dropout factors."""
         heads, device = self.q.shape[1], self.q.device
-        _, causal, window, _, dropout = self.params
+        causal, window = self.params.causal, self.params.sliding_window
+        dropout = self.params.dropout
         generator = None
         if dropout > 0:
             generator = torch.Generator(device).manual_seed(self.seed)

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Training attention: speed, error and memory, beside every peer that imports.
+
+    python benchmarks/attention.py --json results.json
+
+All of it runs in one process. Figures are medians; TFLOP/s count causal attention as
+half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA GPU.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+
+from vllm.model_executor.layers import TrainableAttention
+from vllm.model_executor.layers.trainable_attention import packed_sequences
+from vllm.v1.attention.ops import flash_attn_training
+
+DTYPE = torch.bfloat16
+DEVICE = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of sequences for one causal attention."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        rows = f"{len(self.lengths)} x {self.lengths[0]}"
+        if len(set(self.lengths)) > 1:
+            rows = f"{len(self.lengths)} of {min(self.lengths)}-{max(self.lengths)}"
+        return f"{rows}, {self.heads}/{self.kv_heads}, {self.head_dim}"
+
+    @property
+    def ragged(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    @property
+    def forward_flop(self) -> float:
+        pairs = sum(length**2 / 2 for length in self.lengths)
+        return 4 * pairs * self.heads * self.head_dim
+
+
+SHAPES = [
+    Shape((2048,) * 8, 32, 8, 64),
+    Shape((4096,) * 4, 32, 8, 128),
+    Shape((8192,) * 2, 32, 32, 128),
+    Shape((16384,), 32, 8, 128),
+]
+
+
+def rl_batch() -> Shape:
+    """256 sequences, lengths log-normal from 64 to 8,192."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(256).log_normal_(math.log(700), 1.0, generator=generator)
+    return Shape(tuple(lengths.clamp(64, 8192).int().tolist()), 32, 8, 128)
+
+
+@dataclass
+class Batch:
+    """Packed `[tokens, heads, head_dim]` inputs of a shape."""
+
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        tokens = sum(self.shape.lengths)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def random(heads: int) -> torch.Tensor:
+            size = (tokens, heads, self.shape.head_dim)
+            return torch.randn(size, generator=generator, device=DEVICE, dtype=DTYPE)
+
+        self.q = random(self.shape.heads).requires_grad_()
+        self.k = random(self.shape.kv_heads).requires_grad_()
+        self.v = random(self.shape.kv_heads).requires_grad_()
+        self.grad = random(self.shape.heads)
+        offsets = itertools.accumulate(self.shape.lengths, initial=0)
+        self.cu_seqlens = torch.tensor(list(offsets), dtype=torch.int32, device=DEVICE)
+
+    @property
+    def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.k, self.v
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[tokens, heads, d]` -> `[batch, heads, seq, d]`, padded if ragged."""
+        sequences = x.detach().split(self.shape.lengths)
+        return pad_sequence(list(sequences), batch_first=True).transpose(1, 2)
+
+
+# A peer makes, from a batch, inputs and the function to time on them.
+Peer = Callable[[Batch], tuple[tuple[torch.Tensor, ...], torch.Tensor, Callable]]
+
+
+def ours(batch: Batch, deterministic: bool = False) -> Any:
+    shape = batch.shape
+    layer = TrainableAttention(
+        shape.heads, shape.head_dim, shape.kv_heads, deterministic=deterministic
+    )
+    if shape.ragged:
+        return batch.qkv, batch.grad, layer
+    size = (len(shape.lengths), shape.lengths[0])
+    qkv = tuple(x.detach().unflatten(0, size).requires_grad_() for x in batch.qkv)
+    return qkv, batch.grad.unflatten(0, size), layer
+
+
+def kernels(batch: Batch) -> Any:
+    """The bare kernels that ours calls, for the overhead of our layer."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    longest = max(batch.shape.lengths)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            longest,
+            batch.cu_seqlens,
+            longest,
+            batch.cu_seqlens,
+            causal=True,
+            num_splits=1,
+            return_softmax_lse=True,
+            fa_version=3,
+        )[0]
+
+    return batch.qkv, batch.grad, forward
+
+
+def sdpa(backend: SDPBackend) -> Peer:
+    def peer(batch: Batch) -> Any:
+        def forward(*qkv: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    *qkv, is_causal=True, enable_gqa=True
+                )
+
+        qkv = tuple(batch.rows(x).contiguous().requires_grad_() for x in batch.qkv)
+        return qkv, batch.rows(batch.grad).contiguous(), forward
+
+    return peer
+
+
+def flex(batch: Batch) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    lengths = torch.tensor(batch.shape.lengths, device=DEVICE)
+    document = torch.arange(len(lengths), device=DEVICE).repeat_interleave(lengths)
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+        return (q >= k) & (document[q] == document[k])
+
+    tokens = len(document)
+    block_mask = torch.compile(create_block_mask)(
+        mask, None, None, tokens, tokens, device=DEVICE.type
+    )
+    compiled = torch.compile(flex_attention)
+    qkv = tuple(
+        x.detach().transpose(0, 1).unsqueeze(0).contiguous().requires_grad_()
+        for x in batch.qkv
+    )
+    grad = batch.grad.transpose(0, 1).unsqueeze(0).contiguous()
+    return qkv, grad, lambda *x: compiled(*x, block_mask=block_mask, enable_gqa=True)
+
+
+def fa4(batch: Batch) -> Any:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    longest = max(batch.shape.lengths)
+
+    def forward(*qkv: torch.Tensor) -> torch.Tensor:
+        out = flash_attn_varlen_func(
+            *qkv,
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_k=batch.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=True,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    return batch.qkv, batch.grad, forward
+
+
+PEERS: dict[str, Peer] = {
+    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "FlexAttention": flex,
+}
+if util.find_spec("flash_attn") and util.find_spec("flash_attn.cute"):
+    PEERS["FA4"] = fa4
+PADDED = {"SDPA flash", "SDPA cuDNN"}  # the whole batch as rows of the longest
+
+
+def median_ms(function: Callable[[], Any], rounds: int) -> float:
+    """Median GPU time of `function` in ms, after three calls to warm up."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def time_peer(peer: Peer, batch: Batch, rounds: int) -> dict[str, float]:
+    """Median ms of forward, backward and both."""
+    qkv, grad, forward = peer(batch)
+    with packed(batch):
+        with torch.no_grad():
+            forward_ms = median_ms(lambda: forward(*qkv), rounds)
+        out = forward(*qkv)
+        times = {"forward": forward_ms}
+        if out.grad_fn is not None:
+            times["backward"] = median_ms(
+                lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), rounds
+            )
+            times["both"] = median_ms(
+                lambda: torch.autograd.grad(forward(*qkv), qkv, grad), rounds
+            )
+    return times
+
+
+@contextmanager
+def packed(batch: Batch) -> Iterator[None]:
+    """Tells our layer the sequences of a ragged batch."""
+    if not batch.shape.ragged:
+        yield
+        return
+    with packed_sequences(batch.cu_seqlens):
+        yield
+
+
+def matmul_tflops() -> float:
+    """The rate of a large bf16 matrix product on this chip, now."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return 2 * 8192**3 / median_ms(lambda: a @ b, 50) / 1e9
+
+
+def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
+    rows = []
+    engines: dict[str, Peer] = {
+        "ours": ours,
+        "ours, deterministic": lambda batch: ours(batch, deterministic=True),
+        "bare kernels": kernels,
+        **PEERS,
+    }
+    for shape in [*SHAPES, rl_batch()]:
+        batch = Batch(shape)
+        peak = matmul_tflops()
+        for name, peer in engines.items():
+            row: dict[str, Any] = {"shape": shape.name, "engine": name}
+            row["matmul_tflops"] = peak
+            try:
+                row["ms"] = time_peer(peer, batch, rounds)
+            except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as e:
+                row["error"] = f"{type(e).__name__}: {str(e)[:200]}"
+            rows.append(row)
+            torch.cuda.empty_cache()
+        console.print(speed_table(shape, [r for r in rows if r["shape"] == shape.name]))
+    return rows
+
+
+def speed_table(shape: Shape, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=shape.name, title_justify="left")
+    table.add_column("engine")
+    flop = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+    for direction in flop:
+        table.add_column(f"{direction}, TFLOP/s", justify="right")
+        table.add_column("ours is", justify="right")
+    table.add_column("both, of matmul", justify="right")
+    own = rows[0].get("ms", {})
+    for row in rows:
+        cells = [row["engine"]]
+        for direction, factor in flop.items():
+            ms = row.get("ms", {}).get(direction)
+            if ms is None:
+                cells += [row.get("error", "-")[:24], ""]
+                continue
+            cells.append(f"{factor * shape.forward_flop / ms / 1e9:.0f}")
+            cells.append(f"{ms / own[direction]:.2f} x" if own else "")
+        both = row.get("ms", {}).get("both")
+        share = ""
+        if both:
+            rate = 3.5 * shape.forward_flop / both / 1e9
+            share = f"{rate / row['matmul_tflops']:.0%}"
+        table.add_row(*cells, share)
+    return table
+
+
+def reference(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Output and gradients by the definition, in float64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in batch.qkv)
+    group = batch.shape.heads // batch.shape.kv_heads
+    outs = []
+    for rows in zip(*(x.split(batch.shape.lengths) for x in (q, k, v)), strict=True):
+        # [heads, seq, head_dim]
+        qs, ks, vs = (x.transpose(0, 1) for x in rows)
+        ks, vs = (x.repeat_interleave(group, 0) for x in (ks, vs))
+        scores = qs @ ks.mT * batch.shape.head_dim**-0.5
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        outs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ vs).mT)
+    out = torch.cat([x.permute(2, 0, 1) for x in outs])
+    return out, *torch.autograd.grad(out, (q, k, v), batch.grad.double())
+
+
+def errors(console: Console) -> list[dict[str, Any]]:
+    """Relative error against float64 of every engine and every backward of ours."""
+    rows = []
+    lengths = (1, 130, 512, 777)
+    table = Table(title="relative error against float64", title_justify="left")
+    for column in ("head_dim", "heads", "engine", "out", "dQ", "dK", "dV"):
+        table.add_column(column)
+    for head_dim, (heads, kv_heads) in itertools.product(
+        (64, 96, 128, 192, 256), ((8, 8), (8, 2), (8, 1))
+    ):
+        batch = Batch(Shape(lengths, heads, kv_heads, head_dim))
+        exact = reference(batch)
+        candidates: dict[str, Peer] = {"ours": ours, **PEERS}
+        for name in flash_attn_training.BACKWARD_ENGINES:
+            candidates[f"ours, {name}"] = ours
+        for name in PADDED | {"FlexAttention"}:
+            del candidates[name]  # other layouts; the packed peers are compared
+        for name, peer in candidates.items():
+            engine = name.partition(", ")[2]
+            row: dict[str, Any] = {"head_dim": head_dim, "heads": [heads, kv_heads]}
+            row["engine"] = name
+            os.environ[flash_attn_training.BACKWARD_VARIABLE] = engine
+            try:
+                qkv, grad, forward = peer(batch)
+                with packed(batch):
+                    out = forward(*qkv)
+                    result = (out, *torch.autograd.grad(out, qkv, grad))
+            except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
+                row["error"] = f"{type(e).__name__}: {str(e)[:120]}"
+            else:
+                row["relative"] = [
+                    float((x.double() - y).norm() / y.norm())
+                    for x, y in zip(result, exact, strict=True)
+                ]
+                cells = [f"{value:.2e}" for value in row["relative"]]
+                table.add_row(str(head_dim), f"{heads}/{kv_heads}", name, *cells)
+            rows.append(row)
+        os.environ.pop(flash_attn_training.BACKWARD_VARIABLE)
+    console.print(table)
+    return rows
+
+
+def memory(console: Console) -> list[dict[str, float]]:
+    """Peak bytes a token of a forward and backward, inputs not counted."""
+    rows = []
+    for tokens in (1024, 4096, 16384, 65536, 262144):
+        batch = Batch(Shape((1024,) * (tokens // 1024), 32, 8, 128))
+        qkv, grad, forward = ours(batch)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(forward(*qkv), qkv, grad)
+        used = torch.cuda.max_memory_allocated() - before
+        rows.append({"tokens": tokens, "bytes_per_token": used / tokens})
+    table = Table(title="peak memory", title_justify="left")
+    table.add_column("tokens")
+    table.add_column("bytes a token")
+    for row in rows:
+        table.add_row(f"{row['tokens']:,}", f"{row['bytes_per_token']:,.0f}")
+    console.print(table)
+    return rows
+
+
+def version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls (20)")
+    args = parser.parse_args()
+    console = Console(width=140)
+    results = {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "versions": {
+            name: version(name)
+            for name in ("torch", "vllm", "flash-attn", "flash-attn-4")
+        }
+        | {"cudnn": torch.backends.cudnn.version()},
+        "speed": speed(args.rounds, console),
+        "errors": errors(console),
+        "memory": memory(console),
+    }
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
