@@ -284,6 +284,7 @@ def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
                 row["error"] = f"{type(e).__name__}: {str(e)[:200]}"
             rows.append(row)
             torch.cuda.empty_cache()
+            console.log(shape.name, name)
         console.print(speed_table(shape, [r for r in rows if r["shape"] == shape.name]))
     return rows
 
@@ -405,9 +406,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls (20)")
+    parser.add_argument("--without", nargs="+", choices=PEERS, default=[])
     args = parser.parse_args()
+    for name in args.without:
+        del PEERS[name]
     console = Console(width=140)
-    results = {
+    results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "python": platform.python_version(),
@@ -416,12 +420,16 @@ def main() -> None:
             for name in ("torch", "vllm", "flash-attn", "flash-attn-4")
         }
         | {"cudnn": torch.backends.cudnn.version()},
-        "speed": speed(args.rounds, console),
-        "errors": errors(console),
-        "memory": memory(console),
     }
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    parts: dict[str, Callable[[], Any]] = {
+        "memory": lambda: memory(console),
+        "errors": lambda: errors(console),
+        "speed": lambda: speed(args.rounds, console),
+    }
+    for name, part in parts.items():
+        results[name] = part()
+        if args.json:  # after each, as they take minutes
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How far the log-probabilities of an engine and its trainer are apart, and the cost.
+
+    python benchmarks/consistency.py --json results.json --plot consistency.png
+
+The same random weights, in a process each: vLLM's native Llama against a Hugging Face
+trainer, and a plain PyTorch Llama that trains and serves, by default and with
+`VLLM_BATCH_INVARIANT=1`; for heads of 64 and of 128. Prompts of mixed lengths are
+served greedily and sampled, with chunked prefill, prefix caching, CUDA graphs, and in
+one run with too little cache, so that requests are preempted. Needs an NVIDIA GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama import LLAMA_1B, LLAMA_1B_HEAD_128, Llama
+from safetensors.torch import save_file
+
+SHAPES = {64: LLAMA_1B, 128: LLAMA_1B_HEAD_128}
+MODES = {
+    "native + Hugging Face": {"native": True},
+    "one module": {},
+    "one module, invariant": {"invariant": True},
+    "one module, invariant, preempted": {"invariant": True, "preempted": True},
+}
+PROMPTS, NEW_TOKENS, MAX_MODEL_LEN = 256, 64, 4096
+STEP_TOKENS = 16384
+
+
+def save_checkpoint(head_dim: int, directory: Path) -> None:
+    """Random weights, scaled so that the model's choices are decided."""
+    shape = SHAPES[head_dim]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Llama(shape).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.05 if "lm_head" in name else 0.02)
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def random_prompts(vocab: int) -> list[list[int]]:
+    """Lengths from 5 to 1,500; a quarter share a prefix, for the prefix cache."""
+    generator = random.Random(0)
+    shared = [generator.randrange(2, vocab) for _ in range(200)]
+    prompts = []
+    for index in range(PROMPTS):
+        length = int(min(1500, 5 + generator.expovariate(1 / 250)))
+        tokens = [generator.randrange(2, vocab) for _ in range(length)]
+        prompts.append(shared + tokens if index % 4 == 0 else tokens)
+    return prompts
+
+
+class OwnTrainer:
+    """The served module itself, outside an engine step."""
+
+    def __init__(self, model: torch.nn.Module, invariant: bool) -> None:
+        from vllm.model_executor.layers import batch_invariant_training
+
+        self.model = model
+        self.log_probs = batch_invariant_training.token_log_probs
+        self.context = (
+            batch_invariant_training.batch_invariant if invariant else nullcontext
+        )
+
+    def __call__(self, sequences: list[list[int]]) -> torch.Tensor:
+        """Log-probabilities of every token but each first, `[tokens - sequences]`."""
+        from vllm.model_executor.layers.trainable_attention import packed_sequences
+
+        lengths = [len(sequence) for sequence in sequences]
+        ids = torch.tensor(sum(sequences, []), device="cuda")
+        positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+        with self.context(), packed_sequences(cu_seqlens):
+            hidden = self.model(ids, positions)
+            keep = torch.ones(len(ids), dtype=torch.bool, device="cuda")
+            keep[cu_seqlens[1:].long() - 1] = False
+            targets = ids[1:][keep[:-1]]
+            return self.log_probs(self.model.lm_head(hidden[keep]), targets)
+
+
+class HuggingFaceTrainer:
+    """Transformers' Llama on padded rows."""
+
+    def __init__(self, directory: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, torch_dtype=torch.bfloat16
+        ).cuda()
+
+    def __call__(self, sequences: list[list[int]]) -> torch.Tensor:
+        values = []
+        for sequence in sequences:
+            ids = torch.tensor([sequence], device="cuda")
+            logits = self.model(ids).logits[0, :-1].float()
+            targets = ids[0, 1:, None]
+            values.append(logits.log_softmax(-1).gather(1, targets)[:, 0])
+        return torch.cat(values)
+
+
+def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
+    """One row of the results, in a process of its own."""
+    options = MODES[mode]
+    invariant = options.get("invariant", False)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    if invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    from vllm import LLM, ModelRegistry, SamplingParams
+
+    shape = SHAPES[head_dim]
+    native = options.get("native", False)
+    architecture = "LlamaForCausalLM" if native else "PlainLlama"
+    if not native:
+        ModelRegistry.register_model(architecture, lambda c, p: Llama(shape))
+    config = Path(directory) / "config.json"
+    config.write_text(json.dumps(shape.config(architecture)))
+    arguments: dict[str, Any] = {}
+    if options.get("preempted"):
+        arguments["num_gpu_blocks_override"] = 2000
+    llm = LLM(
+        model=directory,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=MAX_MODEL_LEN,
+        gpu_memory_utilization=0.4,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL"},
+        **arguments,
+    )
+    prompts = [{"prompt_token_ids": p} for p in random_prompts(shape.vocab_size)]
+
+    def generate(temperature: float, count: int) -> Any:
+        params = SamplingParams(
+            temperature=temperature,
+            max_tokens=NEW_TOKENS,
+            logprobs=0,
+            detokenize=False,
+            ignore_eos=True,
+            seed=0,
+        )
+        return llm.generate(prompts[:count], params, use_tqdm=False)
+
+    generate(0.0, 8)
+    outputs = [o for count in (1, 7, PROMPTS) for o in generate(0.0, count)]
+    outputs += generate(1.0, PROMPTS)
+    rates = []
+    for _ in range(3):
+        llm.reset_prefix_cache()
+        start = time.perf_counter()
+        generate(1.0, PROMPTS)
+        rates.append(PROMPTS * NEW_TOKENS / (time.perf_counter() - start))
+
+    trainer: Any
+    if native:
+        config.write_text(json.dumps(shape.config("LlamaForCausalLM")))
+        trainer = HuggingFaceTrainer(directory)
+    else:
+        module = llm.apply_model(lambda model: model.module)[0]
+        trainer = OwnTrainer(module, invariant)
+    differences = []
+    with torch.no_grad():
+        for output in outputs:
+            sequence = output.prompt_token_ids + list(output.outputs[0].token_ids)
+            recomputed = trainer([sequence])[-NEW_TOKENS:].double().cpu()
+            served = torch.tensor(
+                [
+                    entry[token].logprob
+                    for entry, token in zip(
+                        output.outputs[0].logprobs,
+                        output.outputs[0].token_ids,
+                        strict=True,
+                    )
+                ],
+                dtype=torch.float64,
+            )
+            differences.append((recomputed - served).abs())
+    difference = torch.cat(differences)
+    result = {
+        "mode": mode,
+        "head_dim": head_dim,
+        "tokens": difference.numel(),
+        "equal": int((difference == 0).sum()),
+        "max": float(difference.max()),
+        "mean": float(difference.mean()),
+        "histogram": histogram(difference),
+        "serving_tokens_per_s": statistics.median(rates),
+    }
+    if not native:
+        result["step_ms"] = step_ms(trainer, shape.vocab_size)
+    return result
+
+
+def step_ms(trainer: OwnTrainer, vocab: int) -> float:
+    """Median ms of a forward and backward over packed sequences of 1,024."""
+    generator = random.Random(1)
+    sequences = [
+        [generator.randrange(vocab) for _ in range(1024)]
+        for _ in range(STEP_TOKENS // 1024)
+    ]
+    trainer.model.requires_grad_(True)
+    times = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with trainer.context():
+            trainer(sequences).mean().backward()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+        trainer.model.zero_grad(set_to_none=True)
+    return statistics.median(times[2:])
+
+
+BINS = [0.0, *(10.0**exponent for exponent in range(-8, 1))]
+
+
+def histogram(difference: torch.Tensor) -> list[int]:
+    """Counts of 0, then of each decade up to 1."""
+    counts = [int((difference == 0).sum())]
+    for low, high in zip(BINS[:-1], BINS[1:], strict=True):
+        counts.append(int(((difference > low) & (difference <= high)).sum()))
+    return counts
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Shares of tokens by |Δ log p|, a line a mode."""
+    import matplotlib.pyplot as plt
+
+    labels = ["0"] + [f"≤1e{exponent}" for exponent in range(-8, 1)]
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    rows = [row for row in rows if not MODES[row["mode"]].get("preempted")]
+    width = 0.8 / len(rows)
+    for index, row in enumerate(rows):
+        shares = [count / row["tokens"] for count in row["histogram"]]
+        places = [place + index * width for place in range(len(labels))]
+        name = f"{row['mode']}, heads of {row['head_dim']}"
+        axes.bar(places, shares, width, label=name)
+    axes.set_xticks([place + 0.4 for place in range(len(labels))], labels)
+    axes.set_xlabel("|Δ log p| of a token, engine against trainer")
+    axes.set_ylabel("share of tokens")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--plot", type=Path, help="write the distribution there")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=sorted(SHAPES))
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        mode, head_dim, directory = args.run
+        print("\n" + json.dumps(run(mode, int(head_dim), directory)))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    import vllm
+
+    results: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        "rows": [],
+    }
+    rows = results["rows"]
+    for head_dim in args.head_dims:
+        with tempfile.TemporaryDirectory() as directory:
+            save_checkpoint(head_dim, Path(directory))
+            torch.cuda.empty_cache()
+            for mode in MODES:
+                command = [sys.executable, __file__, "--run", mode, str(head_dim)]
+                child = subprocess.run([*command, directory], stdout=subprocess.PIPE)
+                if child.returncode:
+                    print(f"{mode}, heads of {head_dim}: failed, see above")
+                    continue
+                rows.append(json.loads(child.stdout.splitlines()[-1]))
+                if args.json:  # after each, as they take minutes
+                    args.json.write_text(json.dumps(results, indent=1) + "\n")
+    table = Table(title="engine against trainer")
+    for column in ("mode", "heads of", "equal", "max |Δ log p|", "mean |Δ log p|"):
+        table.add_column(column)
+    for column in ("serving, tok/s", "step, ms"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["mode"],
+            str(row["head_dim"]),
+            f"{row['equal']} of {row['tokens']}",
+            f"{row['max']:.2g}",
+            f"{row['mean']:.2g}",
+            f"{row['serving_tokens_per_s']:,.0f}",
+            f"{row['step_ms']:.0f}" if "step_ms" in row else "",
+        )
+    Console(width=140).print(table)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

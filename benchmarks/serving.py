@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Serving speed of one Llama-3.2-1B shape, random weights, as three models.
+
+    python benchmarks/serving.py --json results.json
+
+vLLM's native class, vLLM's Transformers backend, and a plain PyTorch module around
+`TrainableAttention` registered by a lambda. One process an engine, alternating; the
+figures are medians. Needs an NVIDIA GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from llama import LLAMA_1B, Llama
+
+ENGINES = ("native", "Transformers backend", "plain module")
+PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 256, 256
+
+
+def run(engine: str) -> dict[str, float]:
+    """Start one engine and time it, in a process of its own."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    from vllm import LLM, ModelRegistry, SamplingParams
+
+    architecture = "LlamaForCausalLM"
+    options: dict[str, Any] = {}
+    if engine == "Transformers backend":
+        options["model_impl"] = "transformers"
+    if engine == "plain module":
+        architecture = "PlainLlama"
+        ModelRegistry.register_model(architecture, lambda c, p: Llama(LLAMA_1B))
+        # Nothing of it is compiled, so its graphs can hold the attention too.
+        options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / "config.json"
+        config.write_text(json.dumps(LLAMA_1B.config(architecture)))
+        start = time.perf_counter()
+        llm = LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=2048,
+            enable_prefix_caching=False,
+            **options,
+        )
+        startup = time.perf_counter() - start
+    generator = random.Random(0)
+    prompts = [
+        {
+            "prompt_token_ids": [
+                generator.randrange(2, LLAMA_1B.vocab_size)
+                for _ in range(PROMPT_TOKENS)
+            ]
+        }
+        for _ in range(AT_ONCE)
+    ]
+    params = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    )
+
+    def rate(count: int) -> float:
+        begin = time.perf_counter()
+        llm.generate(prompts[:count], params, use_tqdm=False)
+        return count * NEW_TOKENS / (time.perf_counter() - begin)
+
+    rate(AT_ONCE), rate(1)
+    return {
+        "startup_s": startup,
+        "at_once": statistics.median(rate(AT_ONCE) for _ in range(3)),
+        "alone": statistics.median(rate(1) for _ in range(5)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--rounds", type=int, default=2, help="starts an engine (2)")
+    parser.add_argument("--run", choices=ENGINES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        print("\n" + json.dumps(run(args.run)))
+        return
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    import vllm
+
+    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+    for _ in range(args.rounds):
+        for engine in ENGINES:
+            command = [sys.executable, __file__, "--run", engine]
+            child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            runs[engine].append(json.loads(child.stdout.splitlines()[-1]))
+    medians = {
+        engine: {
+            key: statistics.median(run[key] for run in results) for key in results[0]
+        }
+        for engine, results in runs.items()
+    }
+    table = Table(title="Llama-3.2-1B shape, 512 tokens in, 256 out")
+    table.add_column("engine")
+    columns = {
+        "at_once": f"{AT_ONCE} at once, tok/s",
+        "alone": "alone, tok/s",
+        "startup_s": "start-up, s",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="right")
+        table.add_column("of native", justify="right")
+    for engine, figures in medians.items():
+        cells = []
+        for key in columns:
+            cells += [f"{figures[key]:,.1f}"]
+            cells += [f"{figures[key] / medians['native'][key]:.2f}"]
+        table.add_row(engine, *cells)
+    Console(width=140).print(table)
+    if args.json:
+        results = {
+            "date": date.today().isoformat(),
+            "gpu": torch.cuda.get_device_name(),
+            "python": platform.python_version(),
+            "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+            "runs": runs,
+            "medians": medians,
+        }
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
