@@ -348,7 +348,7 @@ def errors(console: Console) -> list[dict[str, Any]]:
         for name in flash_attn_training.BACKWARD_ENGINES:
             candidates[f"ours, {name}"] = ours
         for name in PADDED | {"FlexAttention"}:
-            del candidates[name]  # other layouts; the packed peers are compared
+            candidates.pop(name, None)  # other layouts; packed peers are compared
         for name, peer in candidates.items():
             engine = name.partition(", ")[2]
             row: dict[str, Any] = {"head_dim": head_dim, "heads": [heads, kv_heads]}
@@ -359,7 +359,12 @@ def errors(console: Console) -> list[dict[str, Any]]:
                 with packed(batch):
                     out = forward(*qkv)
                     result = (out, *torch.autograd.grad(out, qkv, grad))
-            except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
+            except (
+                RuntimeError,
+                ValueError,
+                NotImplementedError,
+                AssertionError,
+            ) as e:
                 row["error"] = f"{type(e).__name__}: {str(e)[:120]}"
             else:
                 row["relative"] = [

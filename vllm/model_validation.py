@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm.inputs import TokensPrompt
 from vllm.logprobs import FlatLogprobs, PromptLogprobs, SampleLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
@@ -106,10 +107,11 @@ class TokenComparison:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a report: `value`, and the `limit` it has to keep."""
+    """One line of a report: `value` has to be `relation` (≤ or ≥) `limit`."""
 
     name: str
     value: float
+    relation: str
     limit: float
     passed: bool
 
@@ -167,6 +169,7 @@ class ValidationReport:
             Check(
                 "greedy agreement",
                 agreement,
+                "≥",
                 limits.greedy_agreement,
                 agreement >= limits.greedy_agreement,
             ),
@@ -259,16 +262,18 @@ class ValidationReport:
         summary.add_column("")
         for check in self.checks:
             mark = Text("ok", "green") if check.passed else Text("fail", "bold red")
-            sign = "≥" if check.name == "greedy agreement" else "≤"
-            summary.add_row(
-                check.name, f"{check.value:.6g}", f"{sign} {check.limit:g}", mark
+            value = (
+                f"{check.value:.3g}" if check.relation == "≤" else f"{check.value:.6g}"
             )
-        ranks = ", ".join(
-            f"{rank}: {count}" for rank, count in list(self.rank_histogram.items())[:8]
-        )
+            summary.add_row(
+                check.name, value, f"{check.relation} {check.limit:g}", mark
+            )
+        ranks = [f"{rank} for {n}" for rank, n in self.rank_histogram.items()]
+        if len(ranks) > LISTED:
+            ranks = [*ranks[: LISTED - 1], "...", ranks[-1]]
         parts: list[Any] = [
             summary,
-            Text(f"Ranks in the reference's order, and tokens: {ranks}"),
+            Text(f"Rank in the reference's order: {', '.join(ranks)} tokens"),
             Text(f"KL(served || reference) over {self.kl_support}, in nats"),
         ]
         if not self.passed:
@@ -334,8 +339,8 @@ def validate(
         flat_logprobs=True,
         detokenize=False,  # of a whole vocabulary, at every position
     )
-    inputs = [
-        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    inputs: list[str | TokensPrompt] = [
+        prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
         for prompt in prompts
     ]
     outputs = llm.generate(inputs, params, use_tqdm=False)
@@ -460,7 +465,7 @@ def _kl(served: dict[int, float], reference: torch.Tensor) -> float | None:
 
 
 def _at_most(name: str, value: float, limit: float) -> Check:
-    return Check(name, value, limit, value <= limit)  # never true of a NaN
+    return Check(name, value, "≤", limit, value <= limit)  # never true of a NaN
 
 
 def _mean(values: Sequence[float]) -> float:

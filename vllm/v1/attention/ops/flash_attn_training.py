@@ -93,38 +93,6 @@ def _fa4_backward(p: Problem) -> Gradients:
     return dq, dk, dv
 
 
-def _cudnn_refuses(p: Problem) -> str | None:
-    if p.deterministic:
-        return "a deterministic gradient"
-    if p.window != (-1, -1):
-        return "a sliding window"
-    if p.q.shape[-1] > 128:
-        return f"head_dim {p.q.shape[-1]}"
-    return None
-
-
-def _cudnn_backward(p: Problem) -> Gradients:
-    empty = torch.empty(0, dtype=torch.int64, device=p.q.device)
-    return torch.ops.aten._cudnn_attention_backward(
-        p.grad_out,
-        p.q,
-        p.k,
-        p.v,
-        p.out,
-        p.lse.t().contiguous().unsqueeze(-1),  # [tokens, heads, 1]
-        empty,
-        empty,
-        torch.empty(0, dtype=p.q.dtype, device=p.q.device),
-        p.cu_seqlens,
-        p.cu_seqlens,
-        p.max_seqlen,
-        p.max_seqlen,
-        0.0,
-        p.causal,
-        scale=p.scale,
-    )
-
-
 def _aten_refuses(p: Problem) -> str | None:
     return "a deterministic gradient" if p.deterministic else None
 
@@ -156,9 +124,6 @@ def _aten_backward(p: Problem) -> Gradients:
 BACKWARD_ENGINES = {
     "fa4": BackwardEngine(
         lambda: _has_module("flash_attn.cute"), lambda p: None, _fa4_backward
-    ),
-    "cudnn": BackwardEngine(
-        torch.backends.cudnn.is_available, _cudnn_refuses, _cudnn_backward
     ),
     "aten": BackwardEngine(lambda: True, _aten_refuses, _aten_backward),
 }
