@@ -147,7 +147,7 @@ def kernels(batch: Batch) -> Any:
             fa_version=3,
         )[0]
 
-    return batch.qkv, batch.grad, forward
+    return tuple(x.detach() for x in batch.qkv), batch.grad, forward
 
 
 def sdpa(backend: SDPBackend) -> Peer:
@@ -216,18 +216,22 @@ PADDED = {"SDPA flash", "SDPA cuDNN"}  # the whole batch as rows of the longest
 
 
 def median_ms(function: Callable[[], Any], rounds: int) -> float:
-    """Median GPU time of `function` in ms, after three calls to warm up."""
-    for _ in range(3):
+    """Median GPU time of `function` in ms, after some calls to warm up.
+
+    The calls are queued without waiting between them, as in training.
+    """
+    for _ in range(5):
         function()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    events[0].record()
+    for event in events[1:]:
         function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(
+        start.elapsed_time(end) for start, end in itertools.pairwise(events)
+    )
 
 
 def time_peer(peer: Peer, batch: Batch, rounds: int) -> dict[str, float]:

@@ -264,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="write the distribution there")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=sorted(SHAPES))
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -289,7 +290,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             save_checkpoint(head_dim, Path(directory))
             torch.cuda.empty_cache()
-            for mode in MODES:
+            for mode in args.modes:
                 command = [sys.executable, __file__, "--run", mode, str(head_dim)]
                 child = subprocess.run([*command, directory], stdout=subprocess.PIPE)
                 if child.returncode:

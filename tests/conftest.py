@@ -37,6 +37,20 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def model_dir_with_tokenizer(model_dir: Path) -> Path:
+    """Token i is the word `t<i>`."""
+    from tiny_model import VOCAB
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"t{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model_dir)
+    return model_dir
+
+
+@pytest.fixture
 def start(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """Starts `LLM()` on `model_dir`, in this process unless `processes=True`.
 

@@ -7,13 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import requests
-from tiny_model import VOCAB, TinyModel, greedy, trained_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_model import TinyModel, greedy, trained_model
 
 from vllm import AsyncEngineArgs, ModelRegistry, SamplingParams
 from vllm.utils.network_utils import get_open_port
@@ -23,16 +20,6 @@ pytestmark = pytest.mark.engine
 
 PROMPT = list(range(40))
 OVERRIDE = '{"TinyModel": "tiny_model:build"}'
-
-
-@pytest.fixture
-def model_dir_with_tokenizer(model_dir: Path) -> Path:
-    """Token i is the word `t<i>`."""
-    vocab = {f"t{i}": i for i in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model_dir)
-    return model_dir
 
 
 def words(token_ids: list[int]) -> str:

@@ -27,6 +27,7 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.models.callable_model import (
     CallableModelWrapper,
     _CallableRegisteredModel,
+    registry_of,
 )
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7]]
@@ -179,6 +180,23 @@ class TestTransport:
         assert "settings.['guard'] (a lock)" in str(error.value)
         assert 'register the callable as "module:name"' in str(error.value)
 
+    def test_what_travels_with_the_config(self):
+        class Config:
+            architectures = ["LambdaModel", "LazyModel", "LlamaForCausalLM"]
+
+        ModelRegistry.register_model("LambdaModel", lambda c, p: TinyModel())
+        ModelRegistry.register_model("LazyModel", "tiny_model:build")
+        config = Config()
+        assert registry_of(config, ModelRegistry).models == ModelRegistry.models
+        carried = pickle.loads(pickle.dumps(vars(config)))["_registered_callables"]
+        assert carried.keys() == {"LambdaModel", "LazyModel"}
+        # A later registration is another config's, and a worker has none at all.
+        kept = registry_of(config, ModelRegistry).models["LambdaModel"]
+        ModelRegistry.register_model("LambdaModel", build)
+        assert registry_of(config, ModelRegistry).models["LambdaModel"] is kept
+        del ModelRegistry.models["LazyModel"]
+        assert "LazyModel" in registry_of(config, ModelRegistry).models
+
     def test_deepcopy_of_a_config_does_not_need_a_pickle(self):
         guard = threading.Lock()
         model = _CallableRegisteredModel("M", lambda c, p: guard, {})
@@ -224,6 +242,47 @@ class TestServing:
         )
         tokens = json.loads(completed.stdout.splitlines()[-1])
         assert tokens == expected(PROMPTS[1:2])[0]
+
+    def test_a_string_reaches_spawned_workers(self, start):
+        ModelRegistry.register_model("TinyModel", "tiny_model:build")
+        llm = start(processes=True)
+        assert generate(llm) == expected()
+
+    def test_a_pooling_model_needs_no_output_head(
+        self, start, model_dir_with_tokenizer
+    ):
+        from vllm.config import PoolerConfig
+        from vllm.model_executor.layers.pooler import DispatchPooler
+
+        class Embedder(TinyModel):
+            def __init__(self, vllm_config):
+                super().__init__()
+                pooler_config = vllm_config.model_config.pooler_config
+                self.pooler = DispatchPooler.for_embedding(pooler_config)
+                del self.lm_head
+
+            def load_weights(self, weights):
+                self.load_state_dict(
+                    {k: v for k, v in weights if k != "lm_head.weight"}
+                )
+
+        ModelRegistry.register_model(
+            "TinyModel", lambda c, p: Embedder(c), is_pooling_model=True
+        )
+        llm = start(
+            runner="pooling",
+            skip_tokenizer_init=False,
+            pooler_config=PoolerConfig(seq_pooling_type="LAST", use_activation=False),
+        )
+        outputs = llm.embed(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS], use_tqdm=False
+        )
+        model = trained_model()
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            with torch.no_grad():
+                hidden = model(torch.tensor(prompt), torch.arange(len(prompt)))[-1]
+            embedding = torch.tensor(output.outputs.embedding)
+            assert torch.allclose(embedding, hidden, rtol=1e-4, atol=1e-4)
 
     def test_unpicklable_closure_under_spawn_fails_in_the_caller(self, start):
         guard = threading.Lock()

@@ -8,11 +8,9 @@ batched (tried on an H200).
 """
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ MODULES = (
 )
 
 
-def _upstream() -> ModuleType:
+def _upstream() -> Any:
     for name in MODULES:
         try:
             return importlib.import_module(name)

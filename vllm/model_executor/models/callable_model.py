@@ -29,7 +29,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
-from vllm.model_executor.models.registry import _BaseRegisteredModel, _ModelInfo
+from vllm.model_executor.models.registry import (
+    _VLLM_MODELS,
+    _BaseRegisteredModel,
+    _LazyRegisteredModel,
+    _ModelInfo,
+)
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -83,7 +88,8 @@ class CallableModelWrapper(nn.Module):
         self._vllm_config = vllm_config
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._forward_keywords = _forward_keywords(arch, module)
-        self._logits = _logits_function(arch, module, self._vocab_size)
+        if not self._registration.is_pooling_model:
+            self._logits = _logits_function(arch, module, self._vocab_size)
         self._logits_seen = False
 
     def __getattr__(self, name: str) -> Any:
@@ -243,9 +249,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             raise TypeError(
                 f"{self.architecture}: the registered {_name(self.factory)} cannot be "
                 f"sent to the worker processes, because {_unpicklable(self.factory)} "
-                f"cannot be pickled ({error}). Create it inside the callable, register "
-                'the callable as "module:name", or start workers by '
-                "VLLM_WORKER_MULTIPROC_METHOD=fork."
+                f"cannot be pickled ({error}). Create it inside the callable, or "
+                'register the callable as "module:name".'
             ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallableRegisteredModel:
@@ -335,14 +340,21 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
             for arch in model_config.architectures
         }
         carried = {
-            name: model
+            name: registry.models[name]
             for name in names
-            if isinstance(model := registry.models.get(name), _CallableRegisteredModel)
+            if name in registry.models and _travels(name, registry.models[name])
         }
         vars(model_config)["_registered_callables"] = carried
     if not carried:
         return registry
     return type(registry)({**registry.models, **carried})
+
+
+def _travels(name: str, model: _BaseRegisteredModel) -> bool:
+    """Whether other processes cannot be expected to know of a registration."""
+    if isinstance(model, _LazyRegisteredModel):
+        return name not in _VLLM_MODELS
+    return isinstance(model, _CallableRegisteredModel)
 
 
 def _unpickle(state: bytes) -> _CallableRegisteredModel:
