@@ -19,7 +19,7 @@ INPUTS := $(MODULES) Makefile upstream.toml pyproject.toml setup.py \
 ifeq ($(MAKE_TERMOUT),)
 export NO_COLOR := 1
 export PIP_PROGRESS_BAR := off
-export PIP_QUIET := 1
+$(READY): export PIP_QUIET := 1
 endif
 
 # an advertisement for another program

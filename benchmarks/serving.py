@@ -107,6 +107,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--run", engine]
             child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             runs[engine].append(json.loads(child.stdout.splitlines()[-1]))
+            print(engine, runs[engine][-1], flush=True)
     medians = {
         engine: {
             key: statistics.median(run[key] for run in results) for key in results[0]
