@@ -51,7 +51,7 @@ types: $(READY)
 	  --cache-dir ../../.mypy_cache $$(grep '\.py$$' ../modules.txt)
 
 docs: $(READY)  ## build the documentation into site/
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv and everything built; downloads stay in the user's cache
 	rm -rf .venv build site .mypy_cache .pytest_cache .ruff_cache

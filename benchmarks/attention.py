@@ -279,6 +279,7 @@ def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
     for shape in [*SHAPES, rl_batch()]:
         batch = Batch(shape)
         peak = matmul_tflops()
+        time_peer(ours, batch, rounds)  # whoever comes first is slower
         for name, peer in engines.items():
             row: dict[str, Any] = {"shape": shape.name, "engine": name}
             row["matmul_tflops"] = peak

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The choice of a backward; what the kernels compute needs a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm.v1.attention.ops import flash_attn_training
+from vllm.v1.attention.ops.flash_attn_training import (
+    BACKWARD_ENGINES,
+    BACKWARD_VARIABLE,
+    Problem,
+    select_backward,
+    unsupported,
+)
+from vllm.v1.attention.ops.packed_attention import AttentionParams
+
+PARAMS = AttentionParams(
+    scale=0.125,
+    causal=True,
+    sliding_window=None,
+    logits_soft_cap=None,
+    dropout=0.0,
+    deterministic=False,
+)
+
+
+@pytest.fixture
+def problem() -> Problem:
+    x = torch.empty(4, 2, 64, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    lse = torch.empty(2, 4)
+    return Problem(
+        x, x, x, x, x, lse, cu_seqlens, 4, 0.125, True, (-1, -1), deterministic=False
+    )
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets which engines are there."""
+
+    def install(*names: str) -> None:
+        engines = {name: BACKWARD_ENGINES[name] for name in names}
+        monkeypatch.setattr(flash_attn_training, "_available_engines", lambda: engines)
+
+    monkeypatch.delenv(BACKWARD_VARIABLE, raising=False)
+    return install
+
+
+def test_the_first_that_is_there_is_used(problem, installed):
+    installed("fa4", "aten")
+    assert select_backward(problem) is BACKWARD_ENGINES["fa4"]
+    installed("aten")
+    assert select_backward(problem) is BACKWARD_ENGINES["aten"]
+
+
+def test_the_environment_overrides(problem, installed, monkeypatch):
+    installed("fa4", "aten")
+    monkeypatch.setenv(BACKWARD_VARIABLE, "aten")
+    assert select_backward(problem) is BACKWARD_ENGINES["aten"]
+    monkeypatch.setenv(BACKWARD_VARIABLE, "fa5")
+    with pytest.raises(ValueError, match="'fa5' is not available here; choose one of"):
+        select_backward(problem)
+
+
+def test_a_refusal_names_what_and_which(problem, installed):
+    installed("aten")
+    with pytest.raises(
+        NotImplementedError, match="aten cannot do a deterministic gradient"
+    ):
+        select_backward(replace(problem, deterministic=True))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"logits_soft_cap": 30.0}, "a soft cap"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_named(change, reason):
+    q = torch.empty(4, 2, 64, dtype=torch.bfloat16)
+    assert unsupported(q, PARAMS._replace(**change)) == reason
+
+
+def test_dtypes_and_head_sizes_that_it_does_not_take():
+    assert unsupported(torch.empty(4, 2, 64), PARAMS) == "torch.float32"
+    for head_dim in (60, 264):
+        q = torch.empty(4, 2, head_dim, dtype=torch.bfloat16)
+        assert unsupported(q, PARAMS) == f"head_dim {head_dim}"
+    q = torch.empty(4, 2, 256, dtype=torch.bfloat16)
+    window = PARAMS._replace(sliding_window=100)
+    assert unsupported(q, window) == "a sliding window at head_dim 256"
