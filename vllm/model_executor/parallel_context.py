@@ -146,7 +146,7 @@ class ParallelContext:
         dp = self._required(self.get_dp_process_group(), "megatron_groups")
         groups = ProcessGroupCollection()
         groups.tp, groups.pp, groups.dp = tp, pp, dp
-        groups.mp = groups.tp_cp = groups.expt_tp = tp
+        groups.tp_cp = groups.expt_tp = tp
         groups.dp_cp = groups.expt_dp = dp
         # Only vLLM's PCP group is sure to have one rank when PP, TP or DP do not.
         groups.cp = groups.ep = parallel_state.get_pcp_group().device_group

@@ -53,6 +53,9 @@ COMPUTE_LOGITS = "compute_logits(self, hidden_states) -> logits [tokens, vocab]"
 # Hugging Face, Megatron-core and TorchTitan name their output layers so.
 OUTPUT_HEADS = ("lm_head", "output_layer", "output")
 
+# Optional; vLLM's name and Hugging Face's.
+INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
+
 # Where nn.Module keeps what belongs to it.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -91,6 +94,12 @@ class CallableModelWrapper(nn.Module):
         if not self._registration.is_pooling_model:
             self._logits = _logits_function(arch, module, self._vocab_size)
         self._logits_seen = False
+        if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
+            logger.warning_once(
+                "%s has none of %s: requests with prompt embeddings will be refused.",
+                arch,
+                ", ".join(INPUT_EMBEDDINGS),
+            )
 
     def __getattr__(self, name: str) -> Any:
         try:
