@@ -117,6 +117,7 @@ def _build_paged_attention(
         logits_soft_cap=layer.logits_soft_cap,
         per_layer_sliding_window=layer.sliding_window,
         prefix=prefix,
+        **({} if layer.sinks is None else {"sinks": layer.sinks}),
     )
     backend = paged.attn_backend
     if not backend.supports_head_size(layer.head_dim):
@@ -136,7 +137,7 @@ class TrainableAttention(nn.Module):
     Built while an engine builds a model (inside the callable given to
     `ModelRegistry.register_model`) and called in an engine step, it is vLLM's paged
     attention: continuous batching, chunked prefill and prefix caching work. Called
-    anywhere else it is differentiable. It has no parameters, and the same empty
+    anywhere else it is differentiable. It has no parameters but `sinks`, and the same
     state dict in both places.
 
     Under tensor parallelism `num_heads` and `num_kv_heads` are this rank's.
@@ -155,6 +156,8 @@ class TrainableAttention(nn.Module):
         logits_soft_cap: Scores become `cap * tanh(score / cap)`.
         deterministic: The gradient has the same bits on every run, as it also has
             under `torch.use_deterministic_algorithms`.
+        sinks: Learn, in the parameter `sinks` `[num_heads]`, a score of each head that
+            takes part in the softmax without a value (gpt-oss).
         prefix: Name of the layer in the engine, with its index as the only integer.
             Default: a unique one.
 
@@ -176,6 +179,7 @@ class TrainableAttention(nn.Module):
         sliding_window: int | None = None,
         logits_soft_cap: float | None = None,
         deterministic: bool = False,
+        sinks: bool = False,
         prefix: str = "",
     ) -> None:
         super().__init__()
@@ -208,6 +212,7 @@ class TrainableAttention(nn.Module):
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap
         self.deterministic = deterministic
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         # a child, so that vLLM finds it when it processes weights after loading
         self.paged = _build_paged_attention(self, prefix)
 
@@ -385,6 +390,7 @@ class TrainableAttention(nn.Module):
             deterministic=(
                 self.deterministic or torch.are_deterministic_algorithms_enabled()
             ),
+            sinks=self.sinks,
         )
         kernel = select_kernel(q, sequences, params)
         shape = q.shape

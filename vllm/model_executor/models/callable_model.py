@@ -22,6 +22,10 @@ import cloudpickle
 import torch
 from torch import nn
 
+from vllm.compilation.registered_model import (
+    add_to_compile_hash,
+    compile_if_possible,
+)
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group, tensor_model_parallel_all_gather
 from vllm.forward_context import set_forward_context
@@ -86,6 +90,8 @@ class CallableModelWrapper(nn.Module):
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
+
+        add_to_compile_hash(module, vllm_config)
 
         self._arch = arch
         self._vllm_config = vllm_config
@@ -204,7 +210,8 @@ class CallableModelWrapper(nn.Module):
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
         # A compiled module must first meet vLLM's own warm-up sizes.
-        compiled = not getattr(self.module, "do_not_compile", True)
+        parts = self.module.modules()
+        compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
         if not compiled and get_pp_group().world_size == 1:
             self._warm_up()
 
@@ -222,7 +229,8 @@ class CallableModelWrapper(nn.Module):
             set_current_vllm_config(self._vllm_config),
             set_forward_context(None, self._vllm_config, num_tokens=tokens),
         ):
-            self.compute_logits(self(input_ids, positions))
+            # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
+            self.compute_logits(self.forward(input_ids, positions))
 
 
 class _CallableRegisteredModel(_BaseRegisteredModel):
@@ -300,7 +308,10 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
                 attributes["compute_logits"] = None
         attributes["_registration"] = self
         attributes["__module__"] = __name__
-        return type(self.architecture, (CallableModelWrapper,), attributes)
+        model_cls = type(self.architecture, (CallableModelWrapper,), attributes)
+        if attributes.get("supports_torch_compile", True):
+            model_cls = compile_if_possible(model_cls)
+        return model_cls
 
     def build(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """Call the factory and check what it returned."""
@@ -416,6 +427,7 @@ def _check_signature(architecture: str, factory: Any) -> bool:
 def _check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
     known |= {"supports_lora", "packed_modules_mapping", "embedding_modules"}
+    known |= {"supports_torch_compile"}
     for name in capabilities:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)
