@@ -156,9 +156,16 @@ def test_every_backward_engine(engine, options, monkeypatch) -> None:
         assert ours <= FACTOR * plain
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kv_heads", [8, 2, 1])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+HEAD_SHAPES = [
+    (head_dim, kv_heads, torch.bfloat16)
+    for head_dim in (64, 96, 128, 192, 256)
+    for kv_heads in (8, 2, 1)
+]
+
+
+@pytest.mark.parametrize(
+    "head_dim, kv_heads, dtype", [*HEAD_SHAPES, (64, 2, torch.float16)], ids=str
+)
 def test_head_shapes(head_dim, kv_heads, dtype) -> None:
     layer = TrainableAttention(8, head_dim, kv_heads)
     assert_uses(
