@@ -211,8 +211,9 @@ def rows(batch: int = 2, seq: int = 256) -> tuple[torch.Tensor, ...]:
     )
 
 
-def test_compiles_to_one_graph() -> None:
-    layer = TrainableAttention(8, 64, 2, deterministic=True)
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"logits_soft_cap": 2.0}])
+def test_compiles_to_one_graph(options) -> None:
+    layer = TrainableAttention(8, 64, 2, deterministic=True, **options).cuda()
     compiled = torch.compile(layer, fullgraph=True)
     for seq in (256, 320):  # the second with a dynamic shape
         inputs = rows(seq=seq)

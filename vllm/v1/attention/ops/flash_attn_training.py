@@ -328,8 +328,19 @@ vllm_lib.impl("flash_attn_training", _FlashAttnTraining.apply, "Autograd")
 
 
 @functools.cache
-def _fa_version(head_dim: int) -> int | None:
+def _cached_fa_version(head_dim: int) -> int | None:
     return get_flash_attn_version(head_size=head_dim)
+
+
+# Asked while torch.compile traces; what they call cannot be traced.
+@torch.compiler.assume_constant_result
+def _fa_version(head_dim: int) -> int | None:
+    return _cached_fa_version(head_dim)
+
+
+@torch.compiler.assume_constant_result
+def _no_backward_with_soft_cap() -> bool:
+    return all(engine.refuses(1.0, False) for engine in _available_engines().values())
 
 
 def unsupported(q: torch.Tensor, params: AttentionParams) -> str | None:
@@ -348,9 +359,7 @@ def unsupported(q: torch.Tensor, params: AttentionParams) -> str | None:
         return "this GPU"
     if params.sinks is not None and _fa_version(head_dim) == 2:
         return "attention sinks"
-    if params.logits_soft_cap is not None and not _available_engines().keys() - {
-        "aten"
-    }:
+    if params.logits_soft_cap is not None and _no_backward_with_soft_cap():
         return "a soft cap without flash-attn-4"
     return None
 

@@ -197,11 +197,12 @@ def select_kernel(
             kernel = flash.flash_attention
         if reason is None:
             return kernel
-        logger.warning_once(
-            "TrainableAttention: flash attention cannot do %s here; PyTorch's kernels "
-            "are used, which are slower.",
-            reason,
-        )
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                "TrainableAttention: flash attention cannot do %s here; PyTorch's "
+                "kernels are used, which are slower.",
+                reason,
+            )
     window = params.sliding_window
     if (
         params.dropout > 0
