@@ -209,7 +209,9 @@ def load_megatron_layers(context):
 def load_dtensors(context):
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
     parallelize_module(
-        model, context.device_mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        model,
+        context.device_mesh()["tp"],
+        {"0": ColwiseParallel(), "1": RowwiseParallel()},
     )
     weights = tensors_of(
         {"0.weight": (12, 8), "0.bias": (12,), "1.weight": (8, 12), "1.bias": (8,)}
