@@ -177,7 +177,7 @@ class CallableModelWrapper(nn.Module):
                 )
         hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
-            return hidden_states
+            return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
         if (
             not isinstance(hidden_states, torch.Tensor)
@@ -192,7 +192,23 @@ class CallableModelWrapper(nn.Module):
             )
         if self._context.is_last_stage:
             return hidden_states
-        return IntermediateTensors({HIDDEN_STATES: hidden_states})
+        return self._to_next_stage(IntermediateTensors({HIDDEN_STATES: hidden_states}))
+
+    def _to_next_stage(self, tensors: IntermediateTensors) -> IntermediateTensors:
+        """`tensors`, which have to fit the room that the next stage has for them."""
+        if not hasattr(self.module, "make_empty_intermediate_tensors"):
+            hidden_size = self._vllm_config.model_config.get_hidden_size()
+            widths = {name: list(t.shape[1:]) for name, t in tensors.items()}
+            if widths != {HIDDEN_STATES: [hidden_size]}:
+                raise ValueError(
+                    f"{self._arch}: from one pipeline stage to the next go tensors "
+                    f"{widths} for each token; expected {HIDDEN_STATES} of the "
+                    f"config's hidden_size {hidden_size}. Give "
+                    f"{type(self.module).__name__} "
+                    "make_empty_intermediate_tensors(batch_size, dtype, device) for "
+                    "others."
+                )
+        return tensors
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits `[tokens, vocab]` of hidden states `[tokens, hidden]`.
