@@ -211,13 +211,13 @@ def save_checkpoint(directory: Path) -> None:
 
 
 def serve(
-    directory: Path, way: str, tp_size: int, pp_size: int, max_tokens: int
+    args: argparse.Namespace, way: str, tp_size: int, pp_size: int
 ) -> tuple[ValidationReport, float]:
     """Compare one engine with the plain model; also the seconds that it started in."""
     ModelRegistry.register_model("GPT", WAYS[way], supports_pp=True)
     begin = time.monotonic()
     llm = LLM(
-        model=str(directory),
+        model=str(args.output_dir),
         tensor_parallel_size=tp_size,
         pipeline_parallel_size=pp_size,
         dtype="float32",
@@ -229,12 +229,12 @@ def serve(
     )
     seconds = time.monotonic() - begin
     model = plain_model()
-    model.load_state_dict(load_file(directory / "model.safetensors"))
+    model.load_state_dict(load_file(args.output_dir / "model.safetensors"))
     report = validate(
         llm,
         lambda ids: model.lm_head(model(ids, torch.arange(len(ids)))),
-        prompts=[[1, 2, 3], list(range(60)), [7]],
-        max_tokens=max_tokens,
+        prompts=[list(range(1 + 19 * i % 60)) for i in range(args.num_prompts)],
+        max_tokens=args.max_tokens,
     )
     return report, seconds
 
@@ -250,9 +250,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"Serving with {way}, TP x PP = {layout} ...", flush=True)
             # an engine in a process of its own leaves nothing to the next
             with ProcessPoolExecutor(1, spawn) as process:
-                report, seconds = process.submit(
-                    serve, args.output_dir, way, *sizes, args.max_tokens
-                ).result()
+                report, seconds = process.submit(serve, args, way, *sizes).result()
             checks = {check.name: check.value for check in report.checks}
             table.add_row(
                 way,
@@ -276,6 +274,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--layouts", nargs="+", metavar="TPxPP", default=["1x1", "2x1", "1x2", "2x2"]
     )
+    parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--output-dir", type=Path, default=Path("build/parallelism"))
     sys.exit(main(parser.parse_args()))

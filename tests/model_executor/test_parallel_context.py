@@ -92,6 +92,7 @@ def test_layer_range_is_vllms_split(monkeypatch):
     assert [i for stage in ranges() for i in stage] == list(range(7))
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "4,2,1")
     assert ranges() == [range(4), range(4, 6), range(6, 7)]
+    assert ParallelContext().layer_range(7) == range(7)
 
 
 def check_groups(context: ParallelContext) -> None:

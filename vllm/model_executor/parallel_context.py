@@ -116,8 +116,11 @@ class ParallelContext:
     def layer_range(self, num_layers: int) -> range:
         """Indices of the layers that this pipeline stage owns, by vLLM's own split.
 
-        `VLLM_PP_LAYER_PARTITION` is followed, and checked, as vLLM does.
+        `VLLM_PP_LAYER_PARTITION` is followed, and checked, as vLLM does. Without
+        pipeline parallelism, all of them.
         """
+        if self.pipeline_parallel_size == 1:  # whatever an engine beside it is told
+            return range(num_layers)
         return range(
             *get_pp_indices(
                 num_layers, self.pipeline_parallel_rank, self.pipeline_parallel_size
