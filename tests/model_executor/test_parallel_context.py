@@ -115,7 +115,8 @@ def check_groups(context: ParallelContext) -> None:
     assert groups.tp is context.get_tp_process_group()
     assert groups.pp is context.get_pp_process_group()
     assert groups.cp.size() == groups.ep.size() == 1
-    mesh = context.device_mesh()
+    with torch.device("meta"):  # the default device of a factory is the worker's
+        mesh = context.device_mesh()
     assert mesh.mesh_dim_names == ("dp", "pp", "pcp", "tp")
     assert mesh.shape == (1, 2, 1, 2)
     assert mesh.get_local_rank("pp") == rank // 2

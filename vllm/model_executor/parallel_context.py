@@ -178,7 +178,7 @@ class ParallelContext:
             )
         ]
         # vLLM's order of ranks; outermost are models that know nothing of each other.
-        ranks = torch.arange(dist.get_world_size())
+        ranks = torch.arange(dist.get_world_size(), device="cpu")
         ranks = ranks.view(-1, *(group.size() for group in groups))
         return DeviceMesh.from_group(
             groups,

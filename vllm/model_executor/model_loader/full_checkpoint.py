@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -217,8 +217,13 @@ def _full_names(module: nn.Module) -> dict[str, str]:
         return names
     for path, layer in module.named_modules():
         stem, _, index = path.rpartition(".")
-        if isinstance(layer, megatron.MegatronModule) and index.isdecimal():
-            place = f"{stem}.{cast(Any, layer).layer_number - 1}."
+        number = getattr(layer, "layer_number", None)  # counts from 1
+        if (
+            isinstance(layer, megatron.MegatronModule)
+            and index.isdecimal()
+            and isinstance(number, int)
+        ):
+            place = f"{stem}.{number - 1}."
             for name in tensors:
                 if name.startswith(f"{path}."):
                     names[name] = place + name.removeprefix(f"{path}.")
