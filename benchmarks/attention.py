@@ -5,7 +5,8 @@
     python benchmarks/attention.py --json results.json
 
 All of it runs in one process, in turns. Figures are medians; TFLOP/s count causal
-attention as half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA GPU.
+attention as half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA
+GPU.
 """
 
 import argparse
@@ -280,7 +281,7 @@ def matmul_tflops() -> float:
 
 
 def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
-    """Times of every engine on every shape: medians over rounds, in which all take turns.
+    """Times of every engine on every shape: medians over rounds; all take turns.
 
     The first round, which compiles and warms up, does not count.
     """

@@ -19,6 +19,7 @@ from torch import nn
 import vllm.envs as envs
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.forward_context import is_forward_context_available
+from vllm.model_executor.parallel_context import ParallelContext
 from vllm.v1.attention.ops.packed_attention import (
     AttentionParams,
     Sequences,
@@ -79,6 +80,26 @@ def _keep_bits_at_decode(paged: Any, max_model_len: int) -> None:
         paged.attn_backend = flash_attn_invariant.FlashAttentionInvariantBackend
 
 
+def _layer_index(vllm_config: VllmConfig, built: int) -> int:
+    """Index in the whole model of the attention layer that this stage builds next.
+
+    With one attention for each layer it is the layer's own in every layout. Others
+    are numbered behind these, in turns, so that no two stages use one name.
+    """
+    context = ParallelContext.from_config(vllm_config.parallel_config)
+    assert vllm_config.model_config is not None
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    stage = context.layer_range(num_layers)
+    if built < len(stage):
+        return stage[built]
+    turn = built - len(stage)
+    return (
+        num_layers
+        + turn * context.get_pipeline_parallel_world_size()
+        + context.get_pipeline_parallel_rank()
+    )
+
+
 def _build_paged_attention(
     layer: "TrainableAttention", prefix: str
 ) -> "Attention | None":
@@ -96,7 +117,7 @@ def _build_paged_attention(
     if not prefix:
         layers = vllm_config.compilation_config.static_forward_context.values()
         built = sum(isinstance(other, AttentionLayerBase) for other in layers)
-        prefix = f"trainable_attention.{built}"
+        prefix = f"trainable_attention.{_layer_index(vllm_config, built)}"
     if sum(part.isdecimal() for part in prefix.split(".")) != 1:
         raise ValueError(
             f"prefix {prefix!r} must contain exactly one integer, the layer's index, "
