@@ -65,6 +65,12 @@ LLAMA_1B_HEAD_128 = replace(
 )
 
 
+LLAMA_8B = LlamaShape(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    head_dim=128,
+)
 # Where a checkpoint's matrix lies in the module: parameter, and which part of it.
 STACKED = {
     "q_proj": ("qkv_proj", 0),

@@ -103,6 +103,7 @@ class CallableModelWrapper(nn.Module):
         self._arch = arch
         self._vllm_config = vllm_config
         self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
         self._forward_keywords = _forward_keywords(arch, module)
         self._stage_input = None
@@ -203,7 +204,7 @@ class CallableModelWrapper(nn.Module):
     def _to_next_stage(self, tensors: IntermediateTensors) -> IntermediateTensors:
         """`tensors`, which have to fit the room that the next stage has for them."""
         if not hasattr(self.module, "make_empty_intermediate_tensors"):
-            hidden_size = self._vllm_config.model_config.get_hidden_size()
+            hidden_size = self._hidden_size
             widths = {name: list(t.shape[1:]) for name, t in tensors.items()}
             if widths != {HIDDEN_STATES: [hidden_size]}:
                 raise ValueError(
