@@ -409,7 +409,6 @@ def errors(console: Console) -> Iterator[dict[str, Any]]:
             yield row
         os.environ.pop(flash_attn_training.BACKWARD_VARIABLE)
     console.print(table)
-    return rows
 
 
 def memory(console: Console) -> Iterator[dict[str, Any]]:
