@@ -149,7 +149,7 @@ DIRECTIONS = ("forward", "both")
 def calls(batch: Batch, forward: Forward) -> dict[str, Callable[[], Any]]:
     def inference() -> None:
         with torch.no_grad():
-            forward(batch.q, batch.k, batch.v)
+            forward(*(x.detach() for x in (batch.q, batch.k, batch.v)))
 
     def both() -> None:
         qkv = batch.q, batch.k, batch.v
@@ -160,6 +160,7 @@ def calls(batch: Batch, forward: Forward) -> dict[str, Callable[[], Any]]:
 
 def time_shape(batch: Batch, rounds: int) -> list[dict[str, Any]]:
     """Median and least ms of each engine's forward, and forward with backward."""
+    torch.compiler.reset()
     rows, timed = [], []
     for name, engine in ENGINES.items():
         row: dict[str, Any] = {"engine": name, "ms": {}, "least_ms": {}, "error": {}}
