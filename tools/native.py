@@ -13,8 +13,6 @@ from pathlib import Path
 
 from tools import ROOT
 
-BUILD = ROOT / "build" / "native"
-
 
 def build(tree: Path) -> bool:
     """Compile the operators into `vllm/` of a composed tree, and say what was done.
@@ -22,9 +20,10 @@ def build(tree: Path) -> bool:
     They are compiled for the torch of this Python. A build that pip isolates has
     none: `python -m tools develop` and `pip install --no-build-isolation .` have.
     """
-    reason = _compile()
+    folder = ROOT / "build" / "native"
+    reason = _compile(folder)
     if reason is None:
-        for library in BUILD.glob("*.so"):
+        for library in folder.glob("*.so"):
             shutil.copyfile(library, tree / "vllm" / library.name)
         print("Native operators: compiled", flush=True)
     else:
@@ -32,8 +31,8 @@ def build(tree: Path) -> bool:
     return reason is None
 
 
-def _compile() -> str | None:
-    """Run cmake in `BUILD`; returns why there are no operators, or None."""
+def _compile(folder: Path) -> str | None:
+    """Run cmake in `folder`; returns why there are no operators, or None."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return "for this Python has no torch to compile for"
@@ -42,10 +41,10 @@ def _compile() -> str | None:
         return "for there is no cmake"
     root = Path(torch.origin).parent
     # -U: what was found for another torch
-    paths = ["-S", str(ROOT), "-B", str(BUILD), "-U", "C10", "-U", "TORCH_CPU"]
+    paths = ["-S", str(ROOT), "-B", str(folder), "-U", "C10", "-U", "TORCH_CPU"]
     for command in (
         [cmake, *paths, f"-DTORCH_ROOT={root}"],
-        [cmake, "--build", str(BUILD)],
+        [cmake, "--build", str(folder)],
     ):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
