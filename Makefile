@@ -12,8 +12,8 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 READY := .venv/.ready
 MODULES := build/modules.txt
-INPUTS := $(MODULES) Makefile upstream.toml pyproject.toml setup.py \
-	$(wildcard requirements/*.txt tools/*.py patches/* patches/*/*.patch)
+INPUTS := $(MODULES) Makefile CMakeLists.txt upstream.toml pyproject.toml setup.py \
+	$(wildcard csrc/*/* requirements/*.txt tools/*.py patches/* patches/*/*.patch)
 
 # without a terminal (CI), bars and colours only blur the log
 ifeq ($(MAKE_TERMOUT),)

@@ -18,6 +18,7 @@ from tools import (
     check,
     compose,
     export,
+    native,
     one_sentence,
     patches,
     upstream,
@@ -61,7 +62,10 @@ def _develop(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation"]
     if not upstream.use_precompiled():
         command.remove("--no-build-isolation")
-    return subprocess.run([*command, *args.pip, "-e", str(ROOT)]).returncode
+    status = subprocess.run([*command, *args.pip, "-e", str(ROOT)]).returncode
+    if status == 0:  # now there is a torch to compile for
+        native.build(compose.DEVELOP)
+    return status
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -24,12 +24,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools import ROOT, BuildError, patches
+from tools import ROOT, BuildError, native, patches
 from tools.upstream import Release, adjust_requirement, fetch
 
 SDIST_CONTENT = (
-    *("LICENSE", "README.md", "patches", "pyproject.toml", "setup.py"),
-    *("tools", "upstream.toml", "vllm"),
+    *("CMakeLists.txt", "LICENSE", "README.md", "csrc", "patches"),
+    *("pyproject.toml", "setup.py", "tools", "upstream.toml", "vllm"),
 )
 
 DEVELOP = ROOT / "build" / "develop"
@@ -68,6 +68,7 @@ def build_wheel(folder: Path, release: Release, device: str) -> str:
     """Write the composed wheel into `folder` and return its file name."""
     with tempfile.TemporaryDirectory(prefix="vllm-generic-") as temporary:
         tree = compose(Path(temporary) / "tree", release, device)
+        native.build(tree)
         return _pack(tree, folder)
 
 

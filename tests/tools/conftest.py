@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import tools
-from tools import check, compose, export, patches, upstream
+from tools import check, compose, export, native, patches, upstream
 
 VERSION = "1.2.3"
 TAG = f"cp38-abi3-manylinux_2_28_{platform.machine()}"
@@ -95,7 +95,7 @@ class Repository:
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Repository:
     made = Repository(tmp_path / "repository", tmp_path / "cache")
-    for module in (tools, check, compose, export, patches, upstream):
+    for module in (tools, check, compose, export, native, patches, upstream):
         monkeypatch.setattr(module, "ROOT", made.root)
     monkeypatch.setattr(compose, "DEVELOP", made.root / "build" / "develop")
     for variable in [name for name in os.environ if name.startswith(("VLLM_", "PIP_"))]:

@@ -413,7 +413,7 @@ class TrainableAttention(nn.Module):
             ),
             sinks=self.sinks,
         )
-        kernel = select_kernel(q, sequences, params)
+        kernel = select_kernel(q, k, sequences, params)
         shape = q.shape
         if q.dim() == 4:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))

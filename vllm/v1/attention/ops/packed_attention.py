@@ -183,7 +183,7 @@ AttentionKernel = Callable[
 
 
 def select_kernel(
-    q: torch.Tensor, sequences: Sequences, params: AttentionParams
+    q: torch.Tensor, k: torch.Tensor, sequences: Sequences, params: AttentionParams
 ) -> AttentionKernel:
     """Every choice of a training kernel is made here and nowhere else."""
     if q.is_cuda:
@@ -203,6 +203,11 @@ def select_kernel(
                 "kernels are used, which are slower.",
                 reason,
             )
+    if q.device.type == "cpu":
+        from vllm.v1.attention.ops import packed_attention_cpu as cpu
+
+        if cpu.unsupported(q, k, params) is None:
+            return cpu.packed_attention
     window = params.sliding_window
     if (
         params.dropout > 0
