@@ -2,13 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import copy
 import functools
-import json
-import os
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -229,19 +224,6 @@ class TestServing:
         ModelRegistry.register_model("TinyModel", lambda c, p: Negated())
         logits = full_sequence_logits(trained_model(), PROMPTS[0])
         assert generate(start(), PROMPTS[:1], 1) == [[int(logits[-1].argmin())]]
-
-    @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-    def test_a_closure_of_main_reaches_the_workers(self, model_dir, start_method):
-        script = Path(__file__).with_name("serve_from_main.py")
-        completed = subprocess.run(
-            [sys.executable, script, model_dir, start_method],
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            stdout=subprocess.PIPE,
-            timeout=300,
-            check=True,
-        )
-        tokens = json.loads(completed.stdout.splitlines()[-1])
-        assert tokens == expected(PROMPTS[1:2])[0]
 
     def test_a_string_reaches_spawned_workers(self, start):
         ModelRegistry.register_model("TinyModel", "tiny_model:build")
