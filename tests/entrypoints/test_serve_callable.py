@@ -3,6 +3,7 @@
 """A registered callable behind `AsyncLLM` and `vllm serve`."""
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -106,6 +107,7 @@ def test_data_parallel_engines(
     registry.register_model("TinyModel", guarded)
     with pytest.raises(TypeError, match="guard .a lock. cannot be pickled"):
         asyncio.run(serve())
+    gc.collect()  # the engines' coordinator lives as long as the traceback
     assert not multiprocessing.active_children()
 
     registry.register_model("TinyModel", factory)

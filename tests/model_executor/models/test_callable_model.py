@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import copy
 import functools
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from tiny_model import (
 from torch import nn
 
 from vllm import ModelRegistry, SamplingParams
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.callable_model import (
     CallableModelWrapper,
     _CallableRegisteredModel,
@@ -191,6 +195,20 @@ class TestTransport:
         assert registry_of(config, ModelRegistry).models["LambdaModel"] is kept
         del ModelRegistry.models["LazyModel"]
         assert "LazyModel" in registry_of(config, ModelRegistry).models
+
+    def test_what_was_replaced_is_not_kept(self, model_dir):
+        def resolve(factory):
+            ModelRegistry.register_model("TinyModel", factory)
+            return get_model_cls(ModelConfig(str(model_dir), skip_tokenizer_init=True))
+
+        weights = torch.ones(2)
+        kept = weakref.ref(weights)
+        resolve(lambda c, p, weights=weights: nn.Linear(weights.numel(), 2))
+        del weights
+        assert kept() is not None
+        resolve(build)
+        gc.collect()
+        assert kept() is None
 
     def test_deepcopy_of_a_config_does_not_need_a_pickle(self):
         guard = threading.Lock()
