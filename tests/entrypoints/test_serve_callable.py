@@ -126,6 +126,7 @@ def test_vllm_serve(model_dir_with_tokenizer, tmp_path_factory, data_parallel_si
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "tiny", "--kv-cache-memory-bytes", "16777216"]
     command += ["--data-parallel-size", str(data_parallel_size)]
+    command += ["--api-server-count", "1"]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     url = f"http://127.0.0.1:{port}"
     with open(log, "w") as output:
