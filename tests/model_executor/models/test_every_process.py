@@ -131,7 +131,7 @@ class Negated(TinyModel):
     def compute_logits(self, hidden_states):
         return -self.lm_head(hidden_states)
 
-def build(vllm_config, parallel_context) -> Negated:
+def build(vllm_config, parallel_context):
     return Negated()
 
 ModelRegistry.register_model("TinyModel", build)
