@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Serve a closure of `__main__` on two ranks: `serve_from_main.py DIR fork|spawn`.
+"""Serve a closure of `__main__` on two ranks: `serve_from_main.py DIR WAY`.
 
 Prints the continuation of a prompt as JSON. A program of its own, because a process
-that has run OpenMP threads must not fork workers.
+that has run OpenMP threads must not fork workers, and launchers start programs.
 """
 
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -16,6 +17,9 @@ from tiny_model import TinyModel
 
 from vllm import EngineArgs, ModelRegistry, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
+
+# Ways that pickle the model config, and so the factory.
+PICKLED = ("spawn", "forkserver", "ray", "data_parallel")
 
 
 class ScaledModel(TinyModel):
@@ -27,33 +31,79 @@ class ScaledModel(TinyModel):
         return self.lm_head(hidden_states) * self.scale
 
 
-def main(model_dir: str, start_method: str) -> None:
-    scale = 2.0
-    # Cannot be pickled, and under fork need not be.
-    guard = threading.Lock() if start_method == "fork" else None
+def count_workers_as_gpus() -> None:
+    """vLLM's Ray executor asks the platform what to count; a CPU has no answer."""
+    from vllm.platforms.cpu import CpuPlatform
 
-    def factory(vllm_config, parallel_context):
-        assert guard is None or guard.acquire(blocking=False)
-        group = parallel_context.get_tp_process_group()
-        assert parallel_context.get_tensor_parallel_world_size() == 2
-        assert torch.distributed.get_world_size(group) == 2
-        rank = torch.distributed.get_rank(group)
-        assert rank == parallel_context.get_tensor_parallel_rank()
-        return ScaledModel(scale)
+    CpuPlatform.ray_device_key = "GPU"
 
-    ModelRegistry.register_model("TinyModel", factory)
+
+def start_ray() -> None:
+    import ray
+
+    count_workers_as_gpus()
+    ray.init(
+        num_cpus=2,
+        num_gpus=4,  # vLLM's executor keeps the two of a start that failed
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": count_workers_as_gpus},
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def start_engine(model_dir: str, way: str) -> LLMEngine:
     config = EngineArgs(
         model=model_dir,
         dtype="float32",
         max_model_len=128,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        tensor_parallel_size=2,
+        tensor_parallel_size=1 if way == "data_parallel" else 2,
+        distributed_executor_backend=(
+            way if way in ("ray", "external_launcher") else None
+        ),
         kv_cache_memory_bytes=1 << 24,
     ).create_engine_config()
-    # vLLM's CPU platform asks for spawn while it makes the config.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
-    engine = LLMEngine.from_vllm_config(config)
+    if way in ("fork", "spawn", "forkserver"):
+        # vLLM's CPU platform asks for spawn while it makes the config.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = way
+    return LLMEngine.from_vllm_config(config)
+
+
+def main(model_dir: str, way: str) -> None:
+    scale = 2.0
+    guard = threading.Lock()  # cannot be pickled
+
+    def factory(vllm_config, parallel_context):
+        if way == "data_parallel":
+            group = parallel_context.get_dp_process_group()
+            rank = parallel_context.get_data_parallel_rank()
+            assert parallel_context.get_data_parallel_size() == 2
+        else:
+            group = parallel_context.get_tp_process_group()
+            rank = parallel_context.get_tensor_parallel_rank()
+            assert parallel_context.get_tensor_parallel_world_size() == 2
+        assert (group.size(), group.rank()) == (2, rank)
+        return ScaledModel(scale)
+
+    def guarded(vllm_config, parallel_context):
+        with guard:
+            return factory(vllm_config, parallel_context)
+
+    if way == "ray":
+        start_ray()
+    ModelRegistry.register_model("TinyModel", guarded)
+    if way in PICKLED:
+        try:
+            start_engine(model_dir, way)
+        except TypeError as error:
+            assert "guard (a lock) cannot be pickled" in str(error), error
+        else:
+            raise AssertionError("a lock was pickled")
+        assert not multiprocessing.active_children()
+        ModelRegistry.register_model("TinyModel", factory)
+    engine = start_engine(model_dir, way)
     params = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
     engine.add_request("0", {"prompt_token_ids": list(range(40))}, params)
     outputs = []

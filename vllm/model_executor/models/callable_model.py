@@ -33,11 +33,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 from vllm.model_executor.models.registry import (
     _VLLM_MODELS,
     _BaseRegisteredModel,
     _LazyRegisteredModel,
     _ModelInfo,
+    _try_inspect_model_cls,
+    _try_load_model_cls,
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
@@ -412,9 +415,18 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
             if name in registry.models and _travels(name, registry.models[name])
         }
         vars(model_config)["_registered_callables"] = carried
+        if carried:
+            _forget_resolved_classes()
     if not carried:
         return registry
     return type(registry)({**registry.models, **carried})
+
+
+def _forget_resolved_classes() -> None:
+    """Empty vLLM's caches of them, which keep what was registered before alive."""
+    for cache in (_try_load_model_cls, _try_inspect_model_cls):
+        cache.cache_clear()
+    _MODEL_ARCH_BY_HASH.clear()
 
 
 def _travels(name: str, model: _BaseRegisteredModel) -> bool:
