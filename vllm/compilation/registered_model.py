@@ -29,7 +29,7 @@ from vllm.logger import init_logger
 logger = init_logger(__name__)
 
 # Axes along which the arguments of a model's forward vary from step to step.
-TOKEN_AXES = {
+TOKEN_AXES: dict[str, int | list[int] | dict[int, str]] = {
     "input_ids": 0,
     "positions": -1,
     "intermediate_tensors": 0,

@@ -129,6 +129,8 @@ def _build_paged_attention(
         # window of config.json in the place of None.
         cache_config = copy.copy(cache_config)
         cache_config.sliding_window = layer.sliding_window
+    # Backends without sinks do not take the argument.
+    extra: dict[str, Any] = {} if layer.sinks is None else {"sinks": layer.sinks}
     paged = _paged_attention_cls(layer.causal)(
         num_heads=layer.num_heads,
         head_size=layer.head_dim,
@@ -138,7 +140,7 @@ def _build_paged_attention(
         logits_soft_cap=layer.logits_soft_cap,
         per_layer_sliding_window=layer.sliding_window,
         prefix=prefix,
-        **({} if layer.sinks is None else {"sinks": layer.sinks}),
+        **extra,
     )
     backend = paged.attn_backend
     if not backend.supports_head_size(layer.head_dim):
