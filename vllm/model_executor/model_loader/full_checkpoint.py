@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.parallel_context import ParallelContext
 
 # Names that libraries add to a state dict for data that is not a weight.
@@ -142,6 +143,11 @@ def load_full_checkpoint(
 
     """
     wanted = dict(_sharded_tensors(module, context))
+    elsewhere = tuple(  # on other pipeline stages
+        f"{name}."
+        for name, part in module.named_modules()
+        if isinstance(part, PPMissingLayer)
+    )
     loaded: set[str] = set()
     surplus: list[str] = []
     misshaped: list[str] = []
@@ -151,7 +157,8 @@ def load_full_checkpoint(
         if not isinstance(full, torch.Tensor):
             surplus.append(f"{name} (a {type(full).__name__}, not a tensor)")
         elif name not in wanted:
-            surplus.append(name)
+            if not name.startswith(elsewhere):
+                surplus.append(name)
         elif full.shape != wanted[name].full_shape:
             expected = list(wanted[name].full_shape)
             misshaped.append(f"{name} {list(full.shape)}, expected {expected}")

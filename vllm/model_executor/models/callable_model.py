@@ -29,6 +29,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.models.parallel_plan import apply_plans
 from vllm.model_executor.models.registry import (
     _VLLM_MODELS,
     _BaseRegisteredModel,
@@ -324,6 +325,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
                 f"{_describe(module)}; expected a torch.nn.Module. The signature "
                 f"wanted is {SIGNATURE}."
             )
+        module = apply_plans(module, vllm_config, context)
         # A module that was built before, by the caller, may lie elsewhere.
         return module.to(vllm_config.device_config.device)
 
