@@ -38,6 +38,7 @@ from vllm.model_executor.models.registry import (
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
+from vllm.transformers_utils.auto_map import AutoMapModel, auto_map_model
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 if TYPE_CHECKING:
@@ -355,6 +356,13 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
             for name in names
             if name in registry.models and _travels(name, registry.models[name])
         }
+        own = None if carried else auto_map_model(model_config, registry.models)
+        if own is not None:
+            # Whether it has a plan for pipeline stages is known when it is built.
+            carried = {
+                arch: _CallableRegisteredModel(arch, own, {"supports_pp": True})
+                for arch in model_config.architectures
+            }
         vars(model_config)["_registered_callables"] = carried
     if not carried:
         return registry
@@ -431,6 +439,10 @@ def _annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
     """The module class that `factory` says it returns."""
     while isinstance(factory, functools.partial):
         factory = factory.func
+    if isinstance(factory, AutoMapModel):
+        factory = factory.load()
+        if isinstance(factory, type):
+            return factory
     if not inspect.isroutine(factory):
         factory = type(factory).__call__
     try:
