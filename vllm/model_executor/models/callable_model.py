@@ -290,6 +290,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             annotated = _annotated_class(self.factory)
         if annotated is not None:
             attributes = _interface_of(annotated)
+            plans = (getattr(annotated, name, None) for name in ("pp_plan", "_pp_plan"))
+            if any(plans):
+                attributes.setdefault("supports_pp", True)
         attributes |= self.capabilities
         if attributes.get("supports_pp"):
             attributes.setdefault(

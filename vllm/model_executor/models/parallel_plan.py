@@ -270,7 +270,7 @@ def _matching(
         and all(map(fnmatchcase, parts, wanted))
     ]
     if not matches:
-        known = sorted({_generic(name) for name in names})
+        known = sorted({_with_wildcards(module, name) for name in names})
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
         raise ValueError(
             f"{_kind(module)}: {plan} has {pattern!r}, which matches nothing. The "
@@ -279,8 +279,18 @@ def _matching(
     return matches
 
 
-def _generic(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+def _with_wildcards(module: nn.Module, name: str) -> str:
+    """`name`, with `*` for each layer of a stack, whose layers are of one kind."""
+    parts = name.split(".")
+    part = module
+    for at, child in enumerate(name.split(".")):
+        if not isinstance(part, nn.Module) or child not in part._modules:
+            break
+        kinds = {type(layer) for layer in part.children()}
+        if isinstance(part, STACKS) and len(part) > 1 and len(kinds) == 1:
+            parts[at] = "*"
+        part = part.get_submodule(child)
+    return ".".join(parts)
 
 
 def _owners(name: str) -> Iterator[str]:
