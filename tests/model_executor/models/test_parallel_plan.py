@@ -217,8 +217,12 @@ def test_bad_pipeline_parallel_plan(case):
 
 
 def test_plans_are_checked_at_one_rank_too():
-    for name, plan in [("tp_plan", {"lm_hed": "colwise"}), ("pp_plan", {"hed": 0})]:
-        with pytest.raises(ValueError, match="which matches nothing"):
+    for name, plan, message in [
+        ("tp_plan", {"lm_hed": "colwise"}, "matches nothing"),
+        ("tp_plan", {"norm": "colwise"}, "is a LayerNorm"),
+        ("pp_plan", {"hed": (["x"], ["x"])}, "matches nothing"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             apply_plans(PlanModel(**{name: plan}), config(), ParallelContext())
 
 
@@ -258,7 +262,7 @@ def test_fused_projections():
 
 
 def test_an_empty_stage():
-    with pytest.raises(ValueError, match="stage 0 of 4 is left empty: 'decoder.stack."):
+    with pytest.raises(ValueError, match="stage 3 of 4 is left empty: 'decoder.stack."):
         apply_plans(PlanModel(), config(), ParallelContext(pipeline_parallel_size=4))
 
 

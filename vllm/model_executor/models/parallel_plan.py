@@ -123,6 +123,7 @@ def apply_plans(
     pp_plan = _find_plan(module, "pp_plan", hf_config)
     # All is checked before anything is changed, at one rank as at many.
     styles = _match_styles(module, tp_plan)
+    splits = _splits(module, styles)
     stages = _match_stages(module, pp_plan)
     if pp_size > 1 and stages is None and not _takes_hidden_states(module):
         raise ValueError(
@@ -131,7 +132,9 @@ def apply_plans(
             "inputs_embeds. Give it a pp_plan that names its stack of layers."
         )
     if tp_size > 1:
-        _split(module, styles, context)
+        _divide_attention(module, styles, context)
+        _split(module, splits, context)
+        _change_forwards(module, styles, context)
     if pp_size > 1 and stages is not None:
         _cut_stage(module, stages, vllm_config, context)
     return module
@@ -453,11 +456,9 @@ class _Split:
 
 
 def _split(
-    module: nn.Module, styles: Mapping[str, _Entry], context: ParallelContext
+    module: nn.Module, splits: Mapping[str, _Split], context: ParallelContext
 ) -> None:
     """Keep this rank's part of every parameter that is split."""
-    _divide_attention(module, styles, context)
-    splits = _splits(module, styles)
     names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names_of.setdefault(parameter, []).append(name)
@@ -480,13 +481,6 @@ def _split(
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner).register_parameter(leaf, shard)
-    for name, entry in styles.items():
-        owner, _, leaf = name.rpartition(".")
-        part = module.get_submodule(owner)
-        if leaf not in part._parameters:
-            _change_forward(part.get_submodule(leaf), entry.style, context)
-        elif entry.style.split == "experts" and hasattr(part, "num_experts"):
-            part.num_experts = part.get_parameter(leaf).shape[0]  # type: ignore
 
 
 def _splits(module: nn.Module, styles: Mapping[str, _Entry]) -> dict[str, _Split]:
@@ -612,8 +606,20 @@ def _divide_attention(
             ) from None
 
 
+def _change_forwards(
+    module: nn.Module, styles: Mapping[str, _Entry], context: ParallelContext
+) -> None:
+    """Have modules take and give what their styles say."""
+    for name, entry in styles.items():
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        if leaf not in part._parameters:
+            _change_forward(part.get_submodule(leaf), entry.style, context)
+        elif entry.style.split == "experts" and hasattr(part, "num_experts"):
+            part.num_experts = part.get_parameter(leaf).shape[0]  # type: ignore
+
+
 def _change_forward(part: nn.Module, style: Style, context: ParallelContext) -> None:
-    """Have `part` take and give what `style` says."""
     ranks = context.get_tensor_parallel_world_size()
     rank = context.get_tensor_parallel_rank()
     if isinstance(part, nn.Linear) and style.split is not None:
