@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from safetensors.torch import save_file
 from torch import nn
+from transformers import LlamaConfig
 
 from vllm import ModelRegistry
 from vllm.model_executor.layers import TrainableAttention, TrainableFlashAttention
@@ -132,8 +133,11 @@ def config(**hf_config):
     )
 
 
-def build(vllm_config, parallel_context):
-    return PlanModel()
+def llama_config():
+    vllm_config = config()
+    vllm_config.model_config.hf_config = LlamaConfig()
+    assert LlamaConfig.base_model_tp_plan
+    return vllm_config
 
 
 # ---- Errors --------------------------------------------------------------------------
@@ -306,6 +310,16 @@ class TestFinding:
         apply_plans(model, config(**plans), TWO_RANKS)
         assert model.lm_head.weight.shape == (VOCAB, HIDDEN)
 
+    def test_plans_of_a_config_class_are_for_all_its_models(self):
+        # A plain module with a Llama's config, and a model of the family without
+        # what some of its patterns name.
+        apply_plans(PlanModel(tp_plan=None), llama_config(), TWO_RANKS)
+        model = PlanModel(tp_plan={"layers.*.mlp.up_proj": "colwise"}, pp_plan=None)
+        with pytest.raises(ValueError, match="matches nothing"):
+            apply_plans(model, config(), TWO_RANKS)
+        model.config = LlamaConfig()
+        apply_plans(model, config(), TWO_RANKS)
+
     def test_two_plans_that_differ(self):
         model = PlanModel(_tp_plan={"lm_head": "rowwise_rep"})
         with pytest.raises(ValueError, match="two plans name 'lm_head', as 'colwise_r"):
@@ -366,6 +380,14 @@ def test_stages_compute_what_the_whole_module_does(kind, size):
     for name in model.state_dict():
         held = sum(name in stage for stage in names)
         assert held == (size if name.startswith("norm.") else 1), name
+
+
+def test_a_layer_that_is_on_two_stages():
+    model = PlanModel()
+    layers = model.decoder["stack"].layers
+    layers["layer_2"] = layers["layer_0"]
+    with pytest.raises(ValueError, match="layer_2 shares weights with another pipel"):
+        apply_plans(model, config(), ParallelContext(pipeline_parallel_size=2))
 
 
 @torch.no_grad()

@@ -119,12 +119,10 @@ def apply_plans(
     tp_size = context.get_tensor_parallel_world_size()
     pp_size = context.get_pipeline_parallel_world_size()
     hf_config = vllm_config.model_config.hf_config
-    tp_plan = _find_plan(module, "tp_plan", hf_config)
-    pp_plan = _find_plan(module, "pp_plan", hf_config)
     # All is checked before anything is changed, at one rank as at many.
-    styles = _match_styles(module, tp_plan)
+    styles = _match_styles(module, _find_plan(module, "tp_plan", hf_config))
     splits = _splits(module, styles)
-    stages = _match_stages(module, pp_plan)
+    stages = _match_stages(module, _find_plan(module, "pp_plan", hf_config))
     if pp_size > 1 and stages is None and not _takes_hidden_states(module):
         raise ValueError(
             f"{_kind(module)} cannot be cut into {pp_size} pipeline stages: it has no "
@@ -165,7 +163,14 @@ class _Stages:
 def _find_plan(module: nn.Module, name: str, hf_config: Any) -> dict[str, Any]:
     """The module's plan of that name, its submodules' merged into it."""
     merged: dict[str, Any] = {}
+    family: set[str] = set()
     for prefix, part in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        # Transformers' own plans are for all models of a config class: some patterns
+        # are for layers that only others have.
+        config_cls = type(getattr(part, "config", None))
+        plan = getattr(config_cls, f"base_model_{name}", None) or {}
+        family |= {f"{dot}{pattern}" for pattern in plan}
         for attribute in (name, f"_{name}"):
             plan = getattr(part, attribute, None) or {}
             if not isinstance(plan, Mapping):
@@ -174,19 +179,27 @@ def _find_plan(module: nn.Module, name: str, hf_config: Any) -> dict[str, Any]:
                     "dictionary with names of modules as keys."
                 )
             for pattern, value in plan.items():
-                full = f"{prefix}.{pattern}" if prefix else pattern
+                full = f"{dot}{pattern}"
                 if merged.setdefault(full, value) != value:
                     raise ValueError(
                         f"{_kind(module)}: two plans name {full!r}, as "
                         f"{merged[full]!r} and as {value!r}. Leave one of them out."
                     )
-    return merged or dict(getattr(hf_config, f"base_model_{name}", None) or {})
+    if not merged:
+        plan = getattr(hf_config, f"base_model_{name}", None) or {}
+        if plan != getattr(type(hf_config), f"base_model_{name}", None):
+            merged = dict(plan)  # config.json's, not that of another model's class
+    names = _names(module)
+    return {
+        pattern: value
+        for pattern, value in merged.items()
+        if pattern not in family or _matches(pattern, names)
+    }
 
 
 def _match_styles(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, _Entry]:
     """The entry for every module and parameter that `tp_plan` names."""
-    names = [name for name, _ in module.named_modules() if name]
-    names += [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    names = _names(module)
     matched: dict[str, _Entry] = {}
     for pattern, word in plan.items():
         if word not in STYLES:
@@ -261,17 +274,28 @@ def _match_stages(module: nn.Module, plan: Mapping[str, Any]) -> _Stages | None:
     return _Stages(order[:at], stack, order[at + 1 :], inputs[0])
 
 
-def _matching(
-    module: nn.Module, plan: str, pattern: str, names: list[str]
-) -> list[str]:
+def _names(module: nn.Module) -> list[str]:
+    """The names of modules and parameters."""
+    names = [name for name, _ in module.named_modules() if name]
+    return names + [n for n, _ in module.named_parameters(remove_duplicate=False)]
+
+
+def _matches(pattern: str, names: list[str]) -> list[str]:
     """The names that `pattern` stands for: `*` is any one part of a name, or of it."""
     wanted = pattern.split(".")
-    matches = [
+    return [
         name
         for name in names
         if len(parts := name.split(".")) == len(wanted)
         and all(map(fnmatchcase, parts, wanted))
     ]
+
+
+def _matching(
+    module: nn.Module, plan: str, pattern: str, names: list[str]
+) -> list[str]:
+    """The names that `pattern` stands for; none is an error."""
+    matches = _matches(pattern, names)
     if not matches:
         known = sorted({_with_wildcards(module, name) for name in names})
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
@@ -337,7 +361,9 @@ class _LaterLayer(PPMissingLayer):
         self.layer_input = layer_input
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.boundary.sent = args[0] if args else kwargs[self.layer_input]
+        if not args and self.layer_input in kwargs:
+            args = (kwargs[self.layer_input],)
+        self.boundary.sent = super().forward(*args, **kwargs)
         return self.boundary.sent
 
 
@@ -348,7 +374,7 @@ def _cut_stage(
     context: ParallelContext,
 ) -> None:
     """Leave of `module` what this stage computes, and hand over at its ends."""
-    layers = [name for name, _ in module.get_submodule(stages.stack).named_children()]
+    layers = list(module.get_submodule(stages.stack)._modules)
     for rank in range(context.pipeline_parallel_size):
         if not replace(context, pipeline_parallel_rank=rank).layer_range(len(layers)):
             raise ValueError(
@@ -381,6 +407,11 @@ def _cut_stage(
     for name, placeholder in missing.items():
         part = module.get_submodule(name)
         if any(id(parameter) in shared for parameter in part.parameters()):
+            if name.startswith(f"{stages.stack}."):
+                raise ValueError(
+                    f"{_kind(module)}: {name} shares weights with another pipeline "
+                    "stage, which layers of a stack cannot. Use one stage."
+                )
             # Tied to a weight of this stage: it loads by either name, and is not run.
             part.forward = placeholder().forward
             continue
@@ -459,10 +490,11 @@ def _split(
     module: nn.Module, splits: Mapping[str, _Split], context: ParallelContext
 ) -> None:
     """Keep this rank's part of every parameter that is split."""
-    names_of: dict[nn.Parameter, list[str]] = {}
+    # By id, so that no whole tensor outlives its shard.
+    names_of: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
-    for full, names in names_of.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    for names in names_of.values():
         split = splits.get(names[0])
         for name in names[1:]:  # tied weights
             other = splits.get(name)
@@ -477,7 +509,7 @@ def _split(
                 )
         if split is None:
             continue
-        shard = _shard(module, names[0], full, split, context)
+        shard = _shard(module, names[0], split, context)
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner).register_parameter(leaf, shard)
@@ -533,11 +565,11 @@ def _axis(style: Style, parameter: nn.Parameter, embedding: bool) -> int | None:
 def _shard(
     module: nn.Module,
     name: str,
-    full: nn.Parameter,
     split: _Split,
     context: ParallelContext,
 ) -> nn.Parameter:
-    """This rank's part of `full`, with megatron-core's marks of what it is."""
+    """This rank's part of a parameter, with megatron-core's marks of what it is."""
+    full = module.get_parameter(name)
     ranks = context.get_tensor_parallel_world_size()
     size = full.shape[split.axis]
     if size % (ranks * split.blocks):
