@@ -4,8 +4,9 @@
 
     python benchmarks/attention.py --json results.json
 
-All of it runs in one process. Figures are medians; TFLOP/s count causal attention as
-half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA GPU.
+All of it runs in one process, in turns. Figures are medians; TFLOP/s count causal
+attention as half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA
+GPU.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib import metadata, util
 from pathlib import Path
@@ -26,9 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
 
 from vllm.model_executor.layers import TrainableAttention
 from vllm.model_executor.layers.trainable_attention import packed_sequences
@@ -36,6 +37,7 @@ from vllm.v1.attention.ops import flash_attn_training
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
+CALLS = 10  # of one function in one round
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ class Batch:
         return self.q, self.k, self.v
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, heads, d]` -> `[batch, heads, seq, d]`, padded if ragged."""
-        sequences = x.detach().split(self.shape.lengths)
-        return pad_sequence(list(sequences), batch_first=True).transpose(1, 2)
+        """`[tokens, heads, d]` -> `[batch, heads, seq, d]`, of equal lengths."""
+        size = (len(self.shape.lengths), self.shape.lengths[0])
+        return x.detach().unflatten(0, size).transpose(1, 2)
 
 
 # A peer makes, from a batch, inputs and the function to time on them.
@@ -164,6 +166,17 @@ def sdpa(backend: SDPBackend) -> Peer:
     return peer
 
 
+def time_padded(peer: Peer, batch: Batch, calls: int) -> dict[str, float]:
+    """Times of a ragged batch padded to its longest, some rows at a time.
+
+    All rows at once would not fit into memory; each part is as large as fills the GPU.
+    """
+    lengths, rows = batch.shape.lengths, 16
+    part = Batch(replace(batch.shape, lengths=(max(lengths),) * rows))
+    times = time_peer(peer, part, calls)
+    return {name: ms * len(lengths) / rows for name, ms in times.items()}
+
+
 def flex(batch: Batch) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -174,8 +187,8 @@ def flex(batch: Batch) -> Any:
         return (q >= k) & (document[q] == document[k])
 
     tokens = len(document)
-    block_mask = torch.compile(create_block_mask)(
-        mask, None, None, tokens, tokens, device=DEVICE.type
+    block_mask = create_block_mask(
+        mask, None, None, tokens, tokens, device=DEVICE.type, _compile=True
     )
     compiled = torch.compile(flex_attention)
     qkv = tuple(
@@ -215,15 +228,14 @@ if util.find_spec("flash_attn") and util.find_spec("flash_attn.cute"):
 PADDED = {"SDPA flash", "SDPA cuDNN"}  # the whole batch as rows of the longest
 
 
-def median_ms(function: Callable[[], Any], rounds: int) -> float:
-    """Median GPU time of `function` in ms, after some calls to warm up.
+def median_ms(function: Callable[[], Any], calls: int) -> float:
+    """Median GPU time of `function` in ms.
 
     The calls are queued without waiting between them, as in training.
     """
-    for _ in range(5):
-        function()
+    function()
     torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     events[0].record()
     for event in events[1:]:
         function()
@@ -234,20 +246,20 @@ def median_ms(function: Callable[[], Any], rounds: int) -> float:
     )
 
 
-def time_peer(peer: Peer, batch: Batch, rounds: int) -> dict[str, float]:
+def time_peer(peer: Peer, batch: Batch, calls: int) -> dict[str, float]:
     """Median ms of forward, backward and both."""
     qkv, grad, forward = peer(batch)
     with packed(batch):
         with torch.no_grad():
-            forward_ms = median_ms(lambda: forward(*qkv), rounds)
+            forward_ms = median_ms(lambda: forward(*qkv), calls)
         out = forward(*qkv)
         times = {"forward": forward_ms}
         if out.grad_fn is not None:
             times["backward"] = median_ms(
-                lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), rounds
+                lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), calls
             )
             times["both"] = median_ms(
-                lambda: torch.autograd.grad(forward(*qkv), qkv, grad), rounds
+                lambda: torch.autograd.grad(forward(*qkv), qkv, grad), calls
             )
     return times
 
@@ -265,31 +277,48 @@ def packed(batch: Batch) -> Iterator[None]:
 def matmul_tflops() -> float:
     """The rate of a large bf16 matrix product on this chip, now."""
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    return 2 * 8192**3 / median_ms(lambda: a @ b, 50) / 1e9
+    return 2 * 8192**3 / median_ms(lambda: a @ b, CALLS) / 1e9
 
 
 def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
-    rows = []
+    """Times of every engine on every shape: medians over rounds; all take turns.
+
+    The first round, which compiles and warms up, does not count.
+    """
     engines: dict[str, Peer] = {
         "ours": ours,
         "ours, deterministic": lambda batch: ours(batch, deterministic=True),
         "bare kernels": kernels,
         **PEERS,
     }
+    rows = []
     for shape in [*SHAPES, rl_batch()]:
         batch = Batch(shape)
-        peak = matmul_tflops()
-        time_peer(ours, batch, rounds)  # whoever comes first is slower
-        for name, peer in engines.items():
+        timed: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
+        refused: dict[str, str] = {}
+        peaks = []
+        for _ in track(range(rounds + 1), description=shape.name, console=console):
+            peaks.append(matmul_tflops())
+            for name, peer in engines.items():
+                if name in refused:
+                    continue
+                time = time_padded if shape.ragged and name in PADDED else time_peer
+                try:
+                    timed[name].append(time(peer, batch, CALLS))
+                except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as e:
+                    refused[name] = f"{type(e).__name__}: {str(e)[:200]}"
+                torch.cuda.empty_cache()
+        for name, times in timed.items():
             row: dict[str, Any] = {"shape": shape.name, "engine": name}
-            row["matmul_tflops"] = peak
-            try:
-                row["ms"] = time_peer(peer, batch, rounds)
-            except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as e:
-                row["error"] = f"{type(e).__name__}: {str(e)[:200]}"
+            row["matmul_tflops"] = statistics.median(peaks[1:])
+            if name in refused:
+                row["error"] = refused[name]
+            else:
+                row["ms"] = {
+                    direction: statistics.median(t[direction] for t in times[1:])
+                    for direction in times[0]
+                }
             rows.append(row)
-            torch.cuda.empty_cache()
-            console.log(shape.name, name)
         console.print(speed_table(shape, [r for r in rows if r["shape"] == shape.name]))
     return rows
 
@@ -415,7 +444,7 @@ def version(name: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls (20)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--without", nargs="+", choices=PEERS, default=[])
     args = parser.parse_args()
     for name in args.without:

@@ -5,10 +5,11 @@
     python benchmarks/consistency.py --json results.json --plot consistency.png
 
 The same random weights, in a process each: vLLM's native Llama against a Hugging Face
-trainer, and a plain PyTorch Llama that trains and serves, by default and with
+trainer, and a PyTorch Llama that trains and serves, by default and with
 `VLLM_BATCH_INVARIANT=1`; for heads of 64 and of 128. Prompts of mixed lengths are
 served greedily and sampled, with chunked prefill, prefix caching, CUDA graphs, and in
-one run with too little cache, so that requests are preempted. Needs an NVIDIA GPU.
+one mode with too little cache, so that requests are preempted. The mode with tensor
+parallelism needs two NVIDIA GPUs, the others one.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ MODES = {
     "one module": {},
     "one module, invariant": {"invariant": True},
     "one module, invariant, preempted": {"invariant": True, "preempted": True},
+    "one module, invariant, TP=2": {"invariant": True, "tp_size": 2},
 }
 PROMPTS, NEW_TOKENS, MAX_MODEL_LEN = 256, 64, 4096
 STEP_TOKENS = 16384
@@ -51,7 +54,7 @@ def save_checkpoint(head_dim: int, directory: Path) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.05 if "lm_head" in name else 0.02)
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: x.cpu().clone() for name, x in model.checkpoint().items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -70,14 +73,21 @@ def random_prompts(vocab: int) -> list[list[int]]:
 class OwnTrainer:
     """The served module itself, outside an engine step."""
 
-    def __init__(self, model: torch.nn.Module, invariant: bool) -> None:
+    def __init__(self, model: Llama, invariant: bool) -> None:
         from vllm.model_executor.layers import batch_invariant_training
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         self.model = model
         self.log_probs = batch_invariant_training.token_log_probs
         self.context = (
             batch_invariant_training.batch_invariant if invariant else nullcontext
         )
+        self.logits: Any = model.lm_head
+        if isinstance(model.lm_head, ParallelLMHead):
+            self.logits = partial(
+                LogitsProcessor(model.shape.vocab_size), model.lm_head
+            )
 
     def __call__(self, sequences: list[list[int]]) -> torch.Tensor:
         """Log-probabilities of every token but each first, `[tokens - sequences]`."""
@@ -92,7 +102,52 @@ class OwnTrainer:
             keep = torch.ones(len(ids), dtype=torch.bool, device="cuda")
             keep[cu_seqlens[1:].long() - 1] = False
             targets = ids[1:][keep[:-1]]
-            return self.log_probs(self.model.lm_head(hidden[keep]), targets)
+            return self.log_probs(self.logits(hidden[keep]), targets)
+
+
+def recompute(trainer: Any, sequences: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities of the new tokens, `[sequences, NEW_TOKENS]`."""
+    with torch.no_grad():
+        return torch.stack([trainer([s])[-NEW_TOKENS:].cpu() for s in sequences])
+
+
+def recompute_in_parallel(
+    rank: int, tp_size: int, head_dim: int, directory: str, sequences: list[list[int]]
+) -> None:
+    """One rank of a trainer that is parallelized as its engine is."""
+    from safetensors.torch import load_file
+
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers import batch_invariant_training
+    from vllm.model_executor.parallel_context import ParallelContext
+
+    torch.cuda.set_device(rank)
+    config = VllmConfig()
+    with (
+        batch_invariant_training.batch_invariant(),
+        set_current_vllm_config(config),
+    ):
+        parallel_state.set_custom_all_reduce(False)
+        store = f"file://{directory}/trainer-store"
+        parallel_state.init_distributed_environment(
+            tp_size, rank, distributed_init_method=store, local_rank=rank
+        )
+        parallel_state.initialize_model_parallel(tp_size)
+        context = ParallelContext(
+            tensor_parallel_size=tp_size, tensor_parallel_rank=rank
+        )
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model = Llama(SHAPES[head_dim], context)
+        model.load_weights(load_file(Path(directory) / "model.safetensors").items())
+        torch.set_default_dtype(torch.float32)
+        values = recompute(OwnTrainer(model, invariant=True), sequences)
+        if rank == 0:
+            torch.save(values, Path(directory) / "recomputed.pt")
+        torch.distributed.barrier()
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
 
 
 class HuggingFaceTrainer:
@@ -124,17 +179,22 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     if invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     from vllm import LLM, ModelRegistry, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     shape = SHAPES[head_dim]
     native = options.get("native", False)
     architecture = "LlamaForCausalLM" if native else "PlainLlama"
+    tp_size = options.get("tp_size", 1)
     if not native:
-        ModelRegistry.register_model(architecture, lambda c, p: Llama(shape))
+        ModelRegistry.register_model(architecture, lambda c, p: Llama(shape, p))
     config = Path(directory) / "config.json"
     config.write_text(json.dumps(shape.config(architecture)))
     arguments: dict[str, Any] = {}
     if options.get("preempted"):
         arguments["num_gpu_blocks_override"] = 2000
+    if invariant:
+        # What is not compiled can be captured whole, attention included.
+        arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
     llm = LLM(
         model=directory,
         skip_tokenizer_init=True,
@@ -143,7 +203,8 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         gpu_memory_utilization=0.4,
         max_num_seqs=256,
         max_num_batched_tokens=2048,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL"},
+        tensor_parallel_size=tp_size,
+        disable_log_stats=False,
         **arguments,
     )
     prompts = [{"prompt_token_ids": p} for p in random_prompts(shape.vocab_size)]
@@ -169,31 +230,43 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         generate(1.0, PROMPTS)
         rates.append(PROMPTS * NEW_TOKENS / (time.perf_counter() - start))
 
-    trainer: Any
-    if native:
-        config.write_text(json.dumps(shape.config("LlamaForCausalLM")))
-        trainer = HuggingFaceTrainer(directory)
+    preemptions = sum(
+        metric.value
+        for metric in llm.get_metrics()
+        if metric.name == "vllm:num_preemptions"
+    )
+    sequences = [
+        output.prompt_token_ids + list(output.outputs[0].token_ids)
+        for output in outputs
+    ]
+    served = torch.tensor(
+        [
+            [
+                entry[token].logprob
+                for entry, token in zip(
+                    output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
+                )
+            ]
+            for output in outputs
+        ],
+        dtype=torch.float64,
+    )
+    trainer: Any = None
+    if tp_size > 1:
+        del llm
+        cleanup_dist_env_and_memory()
+        torch.multiprocessing.spawn(
+            recompute_in_parallel, (tp_size, head_dim, directory, sequences), tp_size
+        )
+        recomputed = torch.load(Path(directory) / "recomputed.pt", weights_only=True)
     else:
-        module = llm.apply_model(lambda model: model.module)[0]
-        trainer = OwnTrainer(module, invariant)
-    differences = []
-    with torch.no_grad():
-        for output in outputs:
-            sequence = output.prompt_token_ids + list(output.outputs[0].token_ids)
-            recomputed = trainer([sequence])[-NEW_TOKENS:].double().cpu()
-            served = torch.tensor(
-                [
-                    entry[token].logprob
-                    for entry, token in zip(
-                        output.outputs[0].logprobs,
-                        output.outputs[0].token_ids,
-                        strict=True,
-                    )
-                ],
-                dtype=torch.float64,
-            )
-            differences.append((recomputed - served).abs())
-    difference = torch.cat(differences)
+        if native:
+            trainer = HuggingFaceTrainer(directory)
+        else:
+            module = llm.apply_model(lambda model: model.module)[0]
+            trainer = OwnTrainer(module, invariant)
+        recomputed = recompute(trainer, sequences)
+    difference = (recomputed.double() - served).abs().flatten()
     result = {
         "mode": mode,
         "head_dim": head_dim,
@@ -202,9 +275,10 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         "max": float(difference.max()),
         "mean": float(difference.mean()),
         "histogram": histogram(difference),
+        "preemptions": int(preemptions),
         "serving_tokens_per_s": statistics.median(rates),
     }
-    if not native:
+    if isinstance(trainer, OwnTrainer):
         result["step_ms"] = step_ms(trainer, shape.vocab_size)
     return result
 
@@ -246,7 +320,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     labels = ["0"] + [f"≤1e{exponent}" for exponent in range(-8, 1)]
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    rows = [row for row in rows if not MODES[row["mode"]].get("preempted")]
     width = 0.8 / len(rows)
     for index, row in enumerate(rows):
         shares = [count / row["tokens"] for count in row["histogram"]]
@@ -302,7 +375,7 @@ def main() -> None:
     table = Table(title="engine against trainer")
     for column in ("mode", "heads of", "equal", "max |Δ log p|", "mean |Δ log p|"):
         table.add_column(column)
-    for column in ("serving, tok/s", "step, ms"):
+    for column in ("preemptions", "serving, tok/s", "step, ms"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -311,6 +384,7 @@ def main() -> None:
             f"{row['equal']} of {row['tokens']}",
             f"{row['max']:.2g}",
             f"{row['mean']:.2g}",
+            str(row["preemptions"]),
             f"{row['serving_tokens_per_s']:,.0f}",
             f"{row['step_ms']:.0f}" if "step_ms" in row else "",
         )

@@ -2,8 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import json
 import os
+import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import date
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,44 @@ sys.path.insert(0, TESTS)  # tiny_model, also in processes that unpickle it
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [TESTS, os.environ.get("PYTHONPATH")])
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="write outcomes and versions there")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Keeps, for what CI cannot run, what was run last and where."""
+    path = config.getoption("--results")
+    if path is None:
+        return
+    import torch
+
+    import vllm
+
+    outcomes = {
+        report.nodeid: outcome
+        for outcome in ("passed", "failed", "skipped", "error")
+        for report in terminalreporter.stats.get(outcome, [])
+    }
+    results = {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        "counts": dict(Counter(outcomes.values())),
+        "outcomes": outcomes,
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @pytest.fixture

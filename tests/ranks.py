@@ -5,6 +5,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,17 +23,25 @@ def run_ranks(
     tmp_path: Path,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    enable_expert_parallel: bool = False,
 ) -> None:
     """Call `function(parallel_context)` in one spawned process for every rank.
 
-    Raises what the first rank to fail raised. `function` is at module level.
+    Each process sets vLLM up as a training script under torchrun does. Raises what
+    the first rank to fail raised. `function` is at module level.
     """
-    sizes = (tensor_parallel_size, pipeline_parallel_size)
     os.environ["VLLM_DIST_IDENT"] = tmp_path.name  # of the CPU's shared memory
+    options = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "data_parallel_size": data_parallel_size,
+        "enable_expert_parallel": enable_expert_parallel,
+    }
     torch.multiprocessing.spawn(
         _run_rank,
-        args=(function, f"file://{tmp_path}/store", sizes),
-        nprocs=tensor_parallel_size * pipeline_parallel_size,
+        args=(function, f"file://{tmp_path}/store", options),
+        nprocs=tensor_parallel_size * pipeline_parallel_size * data_parallel_size,
     )
 
 
@@ -40,16 +49,19 @@ def _run_rank(
     rank: int,
     function: Callable[[ParallelContext], None],
     init_method: str,
-    sizes: tuple[int, int],
+    options: dict[str, Any],
 ) -> None:
+    os.environ["RANK"] = str(rank)
     parallel_config = ParallelConfig(
-        tensor_parallel_size=sizes[0], pipeline_parallel_size=sizes[1]
+        distributed_executor_backend="external_launcher", **options
     )
     config = VllmConfig(parallel_config=parallel_config)
     with set_current_vllm_config(config):
         init_distributed_environment(
-            sizes[0] * sizes[1], rank, init_method, rank, backend="gloo"
+            parallel_config.world_size, rank, init_method, rank, backend="gloo"
         )
-        ensure_model_parallel_initialized(*sizes)
+        ensure_model_parallel_initialized(
+            options["tensor_parallel_size"], options["pipeline_parallel_size"]
+        )
         function(ParallelContext.from_config(parallel_config))
     cleanup_dist_env_and_memory()

@@ -9,7 +9,7 @@ agree with every token that vLLM serves.
 
     python examples/offline_inference/custom_model_with_megatron.py
     python examples/offline_inference/custom_model_with_megatron.py \
-        --tensor-parallel-size 2
+        --tensor-parallel-size 2 --pipeline-parallel-size 2
 
 To see it fail, change a weight behind the model's back:
 
@@ -99,9 +99,21 @@ class CoreAttention(TrainableAttention):
 class FlatGPTModel(GPTModel):
     """GPTModel on flattened tokens; vLLM finds `output_layer` by its name."""
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[tokens, hidden]` of `input_ids` `[tokens]`."""
-        embedded = self.embedding(input_ids.unsqueeze(0), positions.unsqueeze(0))
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `[tokens, hidden]` of `input_ids` `[tokens]`.
+
+        On a later pipeline stage `inputs_embeds` is what the stage before returned.
+        """
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(input_ids.unsqueeze(0), positions.unsqueeze(0))
+        else:
+            self.set_input_tensor(inputs_embeds.unsqueeze(1))
         return self.decoder(embedded, attention_mask=None).squeeze(1)
 
 
@@ -125,6 +137,8 @@ def build(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
         tensor_model_parallel_size=groups.tp.size(),
+        pipeline_model_parallel_size=groups.pp.size(),
+        pipeline_dtype=torch.float32,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -138,6 +152,8 @@ def build(
         spec,
         config.vocab_size,
         config.max_position_embeddings,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
         pg_collection=groups,
     )
 
@@ -201,7 +217,8 @@ def train(directory: Path, steps: int) -> float:
 def reference_model(directory: Path) -> GPTModel:
     """The stock model, with stock attention."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = build(GPTModel, layer_spec(), SimpleNamespace(**CONFIG), groups).eval()
+    config = SimpleNamespace(**json.loads((directory / "config.json").read_text()))
+    model = build(GPTModel, layer_spec(), config, groups).eval()
     weights = load_file(directory / "model.safetensors")
     lacking, surplus = model.load_state_dict(weights, strict=False)
     assert not surplus and all(name.endswith("_extra_state") for name in lacking)
@@ -250,11 +267,12 @@ def main(args: argparse.Namespace) -> int:
         loss = megatron.submit(train, directory, args.train_steps).result()
         print(f"Loss {loss:.2f}. Serving it with vLLM ...")
 
-        ModelRegistry.register_model("MegatronGPT", served_model)
+        ModelRegistry.register_model("MegatronGPT", served_model, supports_pp=True)
         served = corrupt(directory, args.corrupt) if args.corrupt else directory
         llm = LLM(
             model=str(served),
             tensor_parallel_size=args.tensor_parallel_size,
+            pipeline_parallel_size=args.pipeline_parallel_size,
             dtype="float32",
             max_logprobs=-1,  # for the KL over the whole vocabulary
             enforce_eager=True,
@@ -278,6 +296,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--train-steps", type=int, default=250)

@@ -15,6 +15,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINING = "custom_model_training_to_inference.py"
 MEGATRON = "offline_inference/custom_model_with_megatron.py"
+PARALLELISM = "generic_model_parallelism.py"
 PLANS = "plan_model/train.py"  # in test_plan_model.py
 
 SMALL = ["--num-prompts", "3", "--max-tokens", "12"]
@@ -59,7 +60,9 @@ def test_every_example_is_run_here():
         for path in EXAMPLES.rglob("*.py")
         if "__main__" in path.read_text(encoding="utf-8")
     }
-    assert scripts == {TRAINING, MEGATRON, PLANS}, "run each example in tests/examples"
+    assert scripts == {TRAINING, MEGATRON, PARALLELISM, PLANS}, (
+        "run each example in tests/examples"
+    )
 
 
 @pytest.mark.engine
@@ -76,12 +79,13 @@ def test_training_to_inference(tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("tp_size", "method"), [("1", "fork"), ("2", "spawn")])
-def test_megatron(tmp_path, tp_size, method):
+@pytest.mark.parametrize(("size", "method"), [("1", "fork"), ("2", "spawn")])
+def test_megatron(tmp_path, size, method):
     pytest.importorskip("megatron.core")
     result = run(
         MEGATRON,
-        *("--tensor-parallel-size", tp_size, "--train-steps", "4"),
+        *("--tensor-parallel-size", size, "--pipeline-parallel-size", size),
+        *("--train-steps", "4"),
         *("--output-dir", str(tmp_path), "--json", str(tmp_path / "report.json")),
         VLLM_WORKER_MULTIPROC_METHOD=method,
     )
@@ -89,6 +93,15 @@ def test_megatron(tmp_path, tp_size, method):
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["passed"] and report["num_generated_tokens"] == 3 * 12
     assert report["rank_histogram"] == {"1": 3 * 12}
+
+
+@pytest.mark.engine
+def test_every_way_to_parallelize(tmp_path):
+    pytest.importorskip("megatron.core")
+    result = run(PARALLELISM, "--layouts", "2x2", "--output-dir", str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    rows = [line for line in result.stdout.splitlines() if "100% of 36" in line]
+    assert len(rows) == 2 and all("ok" in row for row in rows), result.stdout
 
 
 @pytest.mark.engine

@@ -72,7 +72,11 @@ def reference(
         hidden = distance < 0 if layer.causal else torch.zeros_like(distance).bool()
         if layer.sliding_window is not None:
             hidden |= distance.abs() >= layer.sliding_window
-        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if layer.sinks is not None:
+            sinks = layer.sinks.to(q.dtype).view(-1, 1, 1)
+            scores = torch.cat((scores, sinks.expand(-1, len(q_i), 1)), dim=-1)
+        probs = scores.softmax(-1)[..., : len(q_i)]
         outputs.append(torch.einsum("hqk,khd->qhd", probs, v_i))
     return torch.cat(outputs)
 
@@ -136,11 +140,15 @@ def test_head_shapes(head_dim: int, kv_heads: int, causal: bool) -> None:
         {"sliding_window": 10_000},
         {"logits_soft_cap": 2.0},
         {"sliding_window": 16, "logits_soft_cap": 2.0, "scale": 0.5},
+        {"sinks": True},
+        {"sinks": True, "sliding_window": 7, "logits_soft_cap": 2.0},
     ],
     ids=str,
 )
 def test_options(options: dict[str, Any], causal: bool, dtype: torch.dtype) -> None:
     layer = TrainableAttention(4, 32, 2, causal=causal, **options)
+    for sinks in layer.parameters():
+        torch.nn.init.normal_(sinks)
     inputs = qkv(sum(LENGTHS), dtype=dtype)
     out = layer(*inputs, cu_seqlens=cu(LENGTHS))
     assert out.dtype == dtype
@@ -168,6 +176,21 @@ def test_gradcheck(options: dict[str, Any]) -> None:
     inputs = qkv(7, 2, 1, 4, torch.float64)
     offsets = cu((4, 0, 1, 2))
     assert torch.autograd.gradcheck(lambda *x: layer(*x, offsets), inputs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_sinks(dropout: float) -> None:
+    layer = TrainableAttention(2, 4, 1, sinks=True, dropout=dropout).double()
+    inputs = qkv(7, 2, 1, 4, torch.float64)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def call(sinks: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return torch.func.functional_call(
+            layer, {"sinks": sinks}, (*inputs, cu((4, 0, 1, 2)))
+        )
+
+    assert torch.autograd.gradcheck(call, (sinks, *inputs))
 
 
 def test_gradcheck_with_dropout() -> None:

@@ -209,7 +209,9 @@ def load_megatron_layers(context):
 def load_dtensors(context):
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
     parallelize_module(
-        model, context.device_mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        model,
+        context.device_mesh()["tp"],
+        {"0": ColwiseParallel(), "1": RowwiseParallel()},
     )
     weights = tensors_of(
         {"0.weight": (12, 8), "0.bias": (12,), "1.weight": (8, 12), "1.bias": (8,)}
@@ -227,3 +229,108 @@ def load_dtensors(context):
 )
 def test_every_rank_takes_its_shard(function, tensor_parallel_size, tmp_path):
     run_ranks(function, tmp_path, tensor_parallel_size)
+
+
+def load_stages(context):
+    """Each pipeline stage takes its part, and only what none takes is surplus."""
+    rank = context.pipeline_parallel_rank
+    own = ["embedding.weight", "layers.0.weight"] if rank == 0 else ["layers.1.weight"]
+
+    def build():
+        layers = {str(rank): nn.Linear(4, 4, bias=False)}
+        stage = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
+        if context.is_first_stage:
+            stage["embedding"] = nn.Embedding(6, 4)
+        return stage
+
+    weights = tensors_of(
+        {"embedding.weight": (6, 4), "layers.0.weight": (4, 4)}
+        | {"layers.1.weight": (4, 4)}
+    )
+    stage = build()
+    assert load_full_checkpoint(stage, weights.items(), context) == set(own)
+    for name in own:
+        assert torch.equal(stage.get_parameter(name), weights[name]), name
+
+    extra = weights | {"layers.2.weight": torch.ones(4, 4)}
+    with pytest.raises(ValueError, match="1 surplus: layers.2.weight"):
+        load_full_checkpoint(build(), extra.items(), context)
+    del weights["layers.1.weight"]
+    if rank == 0:
+        load_full_checkpoint(build(), weights.items(), context)
+    else:
+        with pytest.raises(ValueError, match="1 missing: layers.1.weight"):
+            load_full_checkpoint(build(), weights.items(), context)
+
+
+class NoAttention(nn.Module):
+    """Stands in for Megatron's core attention, which asks for CUDA."""
+
+    def __init__(self, **_):
+        super().__init__()
+
+
+def load_megatron_stages(context):
+    """Layers find their place, and a copy of the embedding its name."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    def build(groups):
+        spec = get_gpt_layer_local_spec()
+        spec.submodules.self_attention.submodules.core_attention = NoAttention
+        config = TransformerConfig(
+            num_layers=3,
+            hidden_size=8,
+            num_attention_heads=2,
+            use_cpu_initialization=True,
+            pipeline_model_parallel_size=groups.pp.size(),
+            num_layers_in_first_pipeline_stage=2 if groups.pp.size() > 1 else None,
+            pipeline_dtype=torch.float32,
+        )
+        return GPTModel(
+            config,
+            spec,
+            vocab_size=10,
+            max_sequence_length=4,
+            pre_process=groups.pp.rank() == 0,
+            post_process=groups.pp.rank() == groups.pp.size() - 1,
+            share_embeddings_and_output_weights=True,
+            pg_collection=groups,
+        )
+
+    unstaged = context.megatron_groups()
+    unstaged.pp = unstaged.cp  # of one rank
+    torch.manual_seed(0)
+    whole = {
+        name: torch.randn_like(tensor)
+        for name, tensor in build(unstaged).state_dict().items()
+        if tensor is not None
+    }
+    stage = build(context.megatron_groups())
+    loaded = load_full_checkpoint(stage, whole.items(), context)
+    assert loaded == {name for name, _ in stage.named_parameters()}
+    for name, tensor in stage.named_parameters():
+        if name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        if not context.is_first_stage:
+            name = name.replace("decoder.layers.0.", "decoder.layers.2.")
+        assert torch.equal(tensor, whole[name]), name
+
+
+def load_experts(context):
+    """Each expert-parallel rank takes its experts."""
+    rank = context.expert_parallel_rank
+    module = nn.ModuleDict({str(rank): nn.Linear(4, 4, bias=False)})
+    weights = tensors_of({"0.weight": (4, 4), "1.weight": (4, 4)})
+    assert load_full_checkpoint(module, weights.items(), context) == {f"{rank}.weight"}
+    assert torch.equal(module[str(rank)].weight, weights[f"{rank}.weight"])
+
+
+@pytest.mark.parametrize("function", [load_stages, load_megatron_stages])
+def test_every_stage_takes_its_part(function, tmp_path):
+    run_ranks(function, tmp_path, pipeline_parallel_size=2)
+
+
+def test_every_rank_takes_its_experts(tmp_path):
+    run_ranks(load_experts, tmp_path, data_parallel_size=2, enable_expert_parallel=True)

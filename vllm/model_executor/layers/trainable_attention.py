@@ -23,6 +23,7 @@ from vllm.config import (
     get_current_vllm_config_or_none,
 )
 from vllm.forward_context import is_forward_context_available
+from vllm.model_executor.parallel_context import ParallelContext
 from vllm.v1.attention.ops.packed_attention import (
     AttentionParams,
     Sequences,
@@ -83,6 +84,26 @@ def _keep_bits_at_decode(paged: Any, max_model_len: int) -> None:
         paged.attn_backend = flash_attn_invariant.FlashAttentionInvariantBackend
 
 
+def _layer_index(vllm_config: VllmConfig, built: int) -> int:
+    """Index in the whole model of the attention layer that this stage builds next.
+
+    With one attention for each layer it is the layer's own in every layout. Others
+    are numbered behind these, in turns, so that no two stages use one name.
+    """
+    context = ParallelContext.from_config(vllm_config.parallel_config)
+    assert vllm_config.model_config is not None
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    stage = context.layer_range(num_layers)
+    if built < len(stage):
+        return stage[built]
+    turn = built - len(stage)
+    return (
+        num_layers
+        + turn * context.get_pipeline_parallel_world_size()
+        + context.get_pipeline_parallel_rank()
+    )
+
+
 def _build_paged_attention(
     layer: "TrainableAttention", prefix: str
 ) -> "Attention | None":
@@ -100,7 +121,7 @@ def _build_paged_attention(
     if not prefix:
         layers = vllm_config.compilation_config.static_forward_context.values()
         built = sum(isinstance(other, AttentionLayerBase) for other in layers)
-        prefix = f"trainable_attention.{built}"
+        prefix = f"trainable_attention.{_layer_index(vllm_config, built)}"
     if sum(part.isdecimal() for part in prefix.split(".")) != 1:
         raise ValueError(
             f"prefix {prefix!r} must contain exactly one integer, the layer's index, "
@@ -121,6 +142,7 @@ def _build_paged_attention(
         logits_soft_cap=layer.logits_soft_cap,
         per_layer_sliding_window=layer.sliding_window,
         prefix=prefix,
+        **({} if layer.sinks is None else {"sinks": layer.sinks}),
     )
     backend = paged.attn_backend
     if not backend.supports_head_size(layer.head_dim):
@@ -140,7 +162,7 @@ class TrainableAttention(nn.Module):
     Built while an engine builds a model (inside the callable given to
     `ModelRegistry.register_model`) and called in an engine step, it is vLLM's paged
     attention: continuous batching, chunked prefill and prefix caching work. Called
-    anywhere else it is differentiable. It has no parameters, and the same empty
+    anywhere else it is differentiable. It has no parameters but `sinks`, and the same
     state dict in both places.
 
     Under tensor parallelism `num_heads` and `num_kv_heads` are this rank's.
@@ -159,6 +181,8 @@ class TrainableAttention(nn.Module):
         logits_soft_cap: Scores become `cap * tanh(score / cap)`.
         deterministic: The gradient has the same bits on every run, as it also has
             under `torch.use_deterministic_algorithms`.
+        sinks: Learn, in the parameter `sinks` `[num_heads]`, a score of each head that
+            takes part in the softmax without a value (gpt-oss).
         prefix: Name of the layer in the engine, with its index as the only integer.
             Default: a unique one.
 
@@ -180,6 +204,7 @@ class TrainableAttention(nn.Module):
         sliding_window: int | None = None,
         logits_soft_cap: float | None = None,
         deterministic: bool = False,
+        sinks: bool = False,
         prefix: str = "",
     ) -> None:
         super().__init__()
@@ -212,11 +237,14 @@ class TrainableAttention(nn.Module):
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap
         self.deterministic = deterministic
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         # a child, so that vLLM finds it when it processes weights after loading
         self.paged = _build_paged_attention(self, prefix)
 
     def divide_heads(self, ranks: int) -> None:
         """Keep one of `ranks` equal parts of the heads, with its part of the KV cache.
+
+        The caller has taken this rank's part of `sinks`.
 
         Args:
             ranks: Tensor-parallel ranks that divide the heads among them.
@@ -412,6 +440,7 @@ class TrainableAttention(nn.Module):
             deterministic=(
                 self.deterministic or torch.are_deterministic_algorithms_enabled()
             ),
+            sinks=self.sinks,
         )
         kernel = select_kernel(q, sequences, params)
         shape = q.shape

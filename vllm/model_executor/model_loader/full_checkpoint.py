@@ -9,21 +9,22 @@ have and how this rank takes its part.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vllm.distributed import get_ep_group, get_pp_group
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.parallel_context import ParallelContext
 
 # Names that libraries add to a state dict for data that is not a weight.
@@ -126,6 +127,11 @@ def load_full_checkpoint(
 ) -> set[str]:
     """Fill every tensor of `module`'s state dict from `weights`, by name.
 
+    A pipeline stage fills its own part, as does an expert-parallel rank: a tensor is
+    surplus only if no rank takes it, and all these ranks have to load together.
+    megatron-core numbers the layers of a stage from 0; here they have the names that
+    they have in the whole model.
+
     Args:
         module: its parameters and buffers may be plain, DTensors, megatron-core's
             tensor-parallel parameters, or those of vLLM's parallel layers.
@@ -142,23 +148,19 @@ def load_full_checkpoint(
             cannot be read. The message names every such tensor.
 
     """
-    wanted = dict(_sharded_tensors(module, context))
-    elsewhere = tuple(  # on other pipeline stages
-        f"{name}."
-        for name, part in module.named_modules()
-        if isinstance(part, PPMissingLayer)
-    )
+    full_name = _full_names(module)
+    wanted = {full_name[n]: t for n, t in _sharded_tensors(module, context)}
+    elsewhere = _names_of_all_ranks(set(wanted), context) - wanted.keys()
     loaded: set[str] = set()
     surplus: list[str] = []
     misshaped: list[str] = []
     for name, full in _read(weights, source):
-        if name.endswith(EXTRA_STATE):
+        if name.endswith(EXTRA_STATE) or name in elsewhere:
             continue
         if not isinstance(full, torch.Tensor):
             surplus.append(f"{name} (a {type(full).__name__}, not a tensor)")
         elif name not in wanted:
-            if not name.startswith(elsewhere):
-                surplus.append(name)
+            surplus.append(name)
         elif full.shape != wanted[name].full_shape:
             expected = list(wanted[name].full_shape)
             misshaped.append(f"{name} {list(full.shape)}, expected {expected}")
@@ -167,8 +169,9 @@ def load_full_checkpoint(
             wanted[name].load(full)
             loaded.add(name)
     for names in _tied_names(module):
-        if names & loaded:
-            loaded |= names
+        tied = {full_name[name] for name in names & full_name.keys()}
+        if tied & loaded:
+            loaded |= tied
     missing = sorted(wanted.keys() - loaded)
 
     problems = {"missing": missing, "surplus": surplus, "mis-shaped": misshaped}
@@ -183,7 +186,52 @@ def load_full_checkpoint(
             "unsharded state dict of the same module, or give the module a "
             "load_weights(weights) method that maps the names."
         )
-    return loaded
+    return {name for name, full in full_name.items() if full in loaded}
+
+
+def _names_of_all_ranks(names: set[str], context: ParallelContext) -> set[str]:
+    """`names` and those of the other pipeline stages and expert-parallel ranks."""
+    groups = []
+    if context.pipeline_parallel_size > 1:
+        groups.append(get_pp_group())
+    if context.expert_parallel_size > 1:
+        groups.append(get_ep_group())
+    for group in groups:
+        gathered: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(gathered, names, group.cpu_group)
+        names = set().union(*gathered)
+    return names
+
+
+def _full_names(module: nn.Module) -> dict[str, str]:
+    """The name in the whole model of each entry of `module`'s state dict.
+
+    Only a pipeline stage of megatron-core has others: it numbers its layers from 0,
+    though each knows its place, and its output layer may be a copy of the first
+    stage's embedding. Renamed as in megatron-core's own `sharded_state_dict`.
+    """
+    tensors = module.state_dict(keep_vars=True)
+    names = {name: name for name in tensors}
+    megatron = sys.modules.get("megatron.core.transformer.module")
+    if megatron is None:
+        return names
+    for path, layer in module.named_modules():
+        stem, _, index = path.rpartition(".")
+        number = getattr(layer, "layer_number", None)  # counts from 1
+        if (
+            isinstance(layer, megatron.MegatronModule)
+            and index.isdecimal()
+            and isinstance(number, int)
+        ):
+            place = f"{stem}.{number - 1}."
+            for name in tensors:
+                if name.startswith(f"{path}."):
+                    names[name] = place + name.removeprefix(f"{path}.")
+    for name, tensor in tensors.items():
+        if getattr(tensor, "shared", False):  # Megatron's mark of such a copy
+            stem = name.removesuffix("output_layer.weight")
+            names[name] = f"{stem}embedding.word_embeddings.weight"
+    return names
 
 
 def _sharded_tensors(

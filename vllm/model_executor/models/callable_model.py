@@ -22,8 +22,12 @@ import cloudpickle
 import torch
 from torch import nn
 
+from vllm.compilation.registered_model import (
+    add_to_compile_hash,
+    compile_if_possible,
+)
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_pp_group, tensor_model_parallel_all_gather
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -55,11 +59,18 @@ COMPUTE_LOGITS = "compute_logits(self, hidden_states) -> logits [tokens, vocab]"
 # Hugging Face, Megatron-core and TorchTitan name their output layers so.
 OUTPUT_HEADS = ("lm_head", "output_layer", "output")
 
+# How forward may take what the previous pipeline stage returned: vLLM's name for its
+# IntermediateTensors, and the usual one for hidden states in the place of embeddings.
+STAGE_INPUTS = ("intermediate_tensors", "inputs_embeds")
+
 # Optional; vLLM's name and Hugging Face's.
 INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
 
 # Where nn.Module keeps what belongs to it.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+# The one tensor between pipeline stages, unless the module has more; vLLM's name.
+HIDDEN_STATES = "hidden_states"
 
 WARM_UP_TOKENS = 8
 
@@ -89,14 +100,23 @@ class CallableModelWrapper(nn.Module):
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
 
+        add_to_compile_hash(module, vllm_config)
+
         self._arch = arch
         self._vllm_config = vllm_config
         self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._hidden_size = vllm_config.model_config.get_hidden_size()
+        self._context = ParallelContext.from_config(vllm_config.parallel_config)
         self._forward_keywords = _forward_keywords(arch, module)
-        if not self._registration.is_pooling_model:
+        self._stage_input = None
+        if not self._context.is_first_stage:
+            self._stage_input = _stage_input(arch, module, self._forward_keywords)
+        if self._context.is_last_stage and not self._registration.is_pooling_model:
             self._logits = _logits_function(arch, module, self._vocab_size)
         self._logits_seen = False
-        if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
+        if self._context.is_first_stage and not any(
+            hasattr(module, name) for name in INPUT_EMBEDDINGS
+        ):
             logger.warning_once(
                 "%s has none of %s: requests with prompt embeddings will be refused.",
                 arch,
@@ -142,7 +162,14 @@ class CallableModelWrapper(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
-        """Hidden states `[tokens, hidden]` of flattened `input_ids` `[tokens]`."""
+        """Hidden states `[tokens, hidden]` of flattened `input_ids` `[tokens]`.
+
+        A pipeline stage that is not the last wraps them as `IntermediateTensors`;
+        one that is not the first gets those of the stage before.
+        """
+        if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
+            inputs_embeds = intermediate_tensors[HIDDEN_STATES]
+            intermediate_tensors = None
         kwargs["intermediate_tensors"] = intermediate_tensors
         kwargs["inputs_embeds"] = inputs_embeds
         passed = {
@@ -159,7 +186,7 @@ class CallableModelWrapper(nn.Module):
                 )
         hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
-            return hidden_states
+            return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
         if (
             not isinstance(hidden_states, torch.Tensor)
@@ -172,7 +199,25 @@ class CallableModelWrapper(nn.Module):
                 f"states of shape [{tokens}, hidden]. Tokens are flattened: drop the "
                 "batch axis, and leave the output head to compute_logits."
             )
-        return hidden_states
+        if self._context.is_last_stage:
+            return hidden_states
+        return self._to_next_stage(IntermediateTensors({HIDDEN_STATES: hidden_states}))
+
+    def _to_next_stage(self, tensors: IntermediateTensors) -> IntermediateTensors:
+        """`tensors`, which have to fit the room that the next stage has for them."""
+        if not hasattr(self.module, "make_empty_intermediate_tensors"):
+            hidden_size = self._hidden_size
+            widths = {name: list(t.shape[1:]) for name, t in tensors.items()}
+            if widths != {HIDDEN_STATES: [hidden_size]}:
+                raise ValueError(
+                    f"{self._arch}: from one pipeline stage to the next go tensors "
+                    f"{widths} for each token; expected {HIDDEN_STATES} of the "
+                    f"config's hidden_size {hidden_size}. Give "
+                    f"{type(self.module).__name__} "
+                    "make_empty_intermediate_tensors(batch_size, dtype, device) for "
+                    "others."
+                )
+        return tensors
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits `[tokens, vocab]` of hidden states `[tokens, hidden]`.
@@ -193,7 +238,7 @@ class CallableModelWrapper(nn.Module):
         return load_full_checkpoint(
             self.module,
             weights,
-            ParallelContext.from_config(self._vllm_config.parallel_config),
+            self._context,
             source=self._vllm_config.model_config.model,
         )
 
@@ -206,8 +251,9 @@ class CallableModelWrapper(nn.Module):
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
         # A compiled module must first meet vLLM's own warm-up sizes.
-        compiled = not getattr(self.module, "do_not_compile", True)
-        if not compiled and get_pp_group().world_size == 1:
+        parts = self.module.modules()
+        compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
+        if not compiled:
             self._warm_up()
 
     @torch.no_grad()
@@ -220,11 +266,21 @@ class CallableModelWrapper(nn.Module):
         )
         input_ids = torch.zeros(tokens, dtype=torch.long, device=device)
         positions = torch.zeros(tokens, dtype=torch.long, device=device)
+        received = None
+        if not self._context.is_first_stage:
+            dtype = self._vllm_config.model_config.dtype
+            empty = self.make_empty_intermediate_tensors(tokens, dtype, device)
+            received = IntermediateTensors(
+                {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+            )
         with (
             set_current_vllm_config(self._vllm_config),
             set_forward_context(None, self._vllm_config, num_tokens=tokens),
         ):
-            self.compute_logits(self(input_ids, positions))
+            # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
+            hidden_states = self.forward(input_ids, positions, received)
+            if isinstance(hidden_states, torch.Tensor):
+                self.compute_logits(hidden_states)
 
 
 class _CallableRegisteredModel(_BaseRegisteredModel):
@@ -295,9 +351,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
                 attributes.setdefault("supports_pp", True)
         attributes |= self.capabilities
         if attributes.get("supports_pp"):
-            attributes.setdefault(
-                "make_empty_intermediate_tensors",
-                _on_module("make_empty_intermediate_tensors"),
+            attributes["make_empty_intermediate_tensors"] = (
+                _make_empty_intermediate_tensors
             )
         if attributes.get("is_pooling_model"):
             attributes.setdefault("pooler", _on_module("pooler"))
@@ -305,7 +360,10 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
                 attributes["compute_logits"] = None
         attributes["_registration"] = self
         attributes["__module__"] = __name__
-        return type(self.architecture, (CallableModelWrapper,), attributes)
+        model_cls = type(self.architecture, (CallableModelWrapper,), attributes)
+        if attributes.get("supports_torch_compile", True):
+            model_cls = compile_if_possible(model_cls)
+        return model_cls
 
     def build(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         """Call the factory and check what it returned."""
@@ -429,6 +487,7 @@ def _check_signature(architecture: str, factory: Any) -> bool:
 def _check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
     known |= {"supports_lora", "packed_modules_mapping", "embedding_modules"}
+    known |= {"supports_torch_compile"}
     for name in capabilities:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)
@@ -469,6 +528,22 @@ def _interface_of(model_cls: type[nn.Module]) -> dict[str, Any]:
     return interface
 
 
+def _make_empty_intermediate_tensors(
+    wrapper: CallableModelWrapper,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> IntermediateTensors:
+    """Room for what a pipeline stage receives: the module's own, or hidden states."""
+    make = getattr(wrapper.module, "make_empty_intermediate_tensors", None)
+    if make is not None:
+        return make(batch_size, dtype, device)
+    shape = (batch_size, wrapper._vllm_config.model_config.get_hidden_size())
+    return IntermediateTensors(
+        {HIDDEN_STATES: torch.zeros(shape, dtype=dtype, device=device)}
+    )
+
+
 def _on_module(name: str) -> property:
     """An attribute that a class check finds and that an instance's module answers."""
     return property(lambda self: getattr(self.module, name))
@@ -496,6 +571,27 @@ def _forward_keywords(architecture: str, module: nn.Module) -> frozenset[str] | 
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None
     return frozenset(list(signature.parameters)[2:])
+
+
+def _stage_input(
+    architecture: str, module: nn.Module, keywords: frozenset[str] | None
+) -> str:
+    """Which argument of forward takes what the previous pipeline stage returned.
+
+    Raises:
+        TypeError: forward has none.
+
+    """
+    for name in STAGE_INPUTS:
+        if keywords is None or name in keywords:
+            return name
+    raise TypeError(
+        f"{architecture}: {type(module).__name__}.forward"
+        f"{inspect.signature(module.forward)} of a pipeline stage after the first has "
+        "no argument for the hidden states of the stage before. Add "
+        "inputs_embeds=None, which gets them as [tokens, hidden], or "
+        "intermediate_tensors=None, which gets vLLM's IntermediateTensors."
+    )
 
 
 def _logits_function(

@@ -33,15 +33,13 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.model_executor.model_loader.full_checkpoint import MegatronTensor
-from vllm.model_executor.models.utils import (
-    PPMissingLayer,
-    make_empty_intermediate_tensors_factory,
-)
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 
 HIDDEN_STATES = "hidden_states"
 STACKS = (nn.ModuleList, nn.ModuleDict)
+MARK = "tensor_model_parallel"  # megatron-core's, of a parameter that is split
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ def apply_plans(
             "inputs_embeds. Give it a pp_plan that names its stack of layers."
         )
     if tp_size > 1:
-        _divide_attention(module, styles, context)
         _split(module, splits, context)
+        _divide_attention(module, styles, context)
         _change_forwards(module, styles, context)
     if pp_size > 1 and stages is not None:
         _cut_stage(module, stages, vllm_config, context)
@@ -420,12 +418,6 @@ def _cut_stage(
             del attention[layer_name]
         module.set_submodule(name, placeholder())
     _hand_over(module, boundary, context)
-    if not hasattr(module, "make_empty_intermediate_tensors"):
-        module.make_empty_intermediate_tensors = (
-            make_empty_intermediate_tensors_factory(
-                [HIDDEN_STATES], vllm_config.model_config.get_hidden_size()
-            )
-        )
 
 
 def _hand_over(
@@ -584,7 +576,7 @@ def _shard(
     shape = list(full.shape)
     shape[split.axis] //= ranks
     shard = nn.Parameter(full.new_empty(shape), full.requires_grad)
-    shard.tensor_model_parallel = True  # type: ignore[attr-defined]
+    setattr(shard, MARK, True)
     shard.partition_dim = split.axis  # type: ignore[attr-defined]
     shard.partition_stride = split.blocks  # type: ignore[attr-defined]
     MegatronTensor(shard, context).load(full)
@@ -628,6 +620,10 @@ def _divide_attention(
                 )
         if not {query, key} & {width for width, _ in split.values()}:
             continue
+        if layer.sinks is not None and not hasattr(layer.sinks, MARK):
+            _, entry = next(iter(split.values()))
+            split_sinks = _Split(entry, axis=0, blocks=1)
+            layer.sinks = _shard(module, f"{name}.sinks", split_sinks, context)
         try:
             layer.divide_heads(ranks)
         except ValueError as error:

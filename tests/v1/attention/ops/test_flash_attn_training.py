@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The choice of a backward; what the kernels compute needs a GPU."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from vllm.v1.attention.ops import flash_attn_training
 from vllm.v1.attention.ops.flash_attn_training import (
     BACKWARD_ENGINES,
     BACKWARD_VARIABLE,
-    Problem,
+    dropout_unsupported,
     select_backward,
     unsupported,
 )
@@ -28,16 +26,6 @@ PARAMS = AttentionParams(
 
 
 @pytest.fixture
-def problem() -> Problem:
-    x = torch.empty(4, 2, 64, dtype=torch.bfloat16)
-    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
-    lse = torch.empty(2, 4)
-    return Problem(
-        x, x, x, x, x, lse, cu_seqlens, 4, 0.125, True, (-1, -1), deterministic=False
-    )
-
-
-@pytest.fixture
 def installed(monkeypatch):
     """Sets which engines are there."""
 
@@ -49,40 +37,54 @@ def installed(monkeypatch):
     return install
 
 
-def test_the_first_that_is_there_is_used(problem, installed):
+def test_the_first_that_is_there_is_used(installed):
     installed("fa4", "aten")
-    assert select_backward(problem) is BACKWARD_ENGINES["fa4"]
+    assert select_backward(0.0, False) is BACKWARD_ENGINES["fa4"]
     installed("aten")
-    assert select_backward(problem) is BACKWARD_ENGINES["aten"]
+    assert select_backward(0.0, False) is BACKWARD_ENGINES["aten"]
 
 
-def test_the_environment_overrides(problem, installed, monkeypatch):
+def test_the_environment_overrides(installed, monkeypatch):
     installed("fa4", "aten")
     monkeypatch.setenv(BACKWARD_VARIABLE, "aten")
-    assert select_backward(problem) is BACKWARD_ENGINES["aten"]
+    assert select_backward(0.0, False) is BACKWARD_ENGINES["aten"]
     monkeypatch.setenv(BACKWARD_VARIABLE, "fa5")
     with pytest.raises(ValueError, match="'fa5' is not available here; choose one of"):
-        select_backward(problem)
+        select_backward(0.0, False)
 
 
-def test_a_refusal_names_what_and_which(problem, installed):
+def test_a_refusal_names_what_and_which(installed):
     installed("aten")
     with pytest.raises(
         NotImplementedError, match="aten cannot do a deterministic gradient"
     ):
-        select_backward(replace(problem, deterministic=True))
+        select_backward(0.0, deterministic=True)
+    with pytest.raises(NotImplementedError, match="aten cannot do a soft cap"):
+        select_backward(30.0, deterministic=False)
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"dropout": 0.1}, "dropout"),
-        ({"logits_soft_cap": 30.0}, "a soft cap"),
-    ],
-)
-def test_what_the_kernel_cannot_do_is_named(change, reason):
+def test_what_the_kernel_cannot_do_is_named(installed, monkeypatch):
     q = torch.empty(4, 2, 64, dtype=torch.bfloat16)
-    assert unsupported(q, PARAMS._replace(**change)) == reason
+    assert unsupported(q, PARAMS._replace(dropout=0.1)) == "dropout"
+    monkeypatch.setattr(flash_attn_training, "_fa_version", lambda head_dim: 2)
+    assert unsupported(q, PARAMS) is None
+    sinks = torch.zeros(2)
+    assert unsupported(q, PARAMS._replace(sinks=sinks)) == "attention sinks"
+    capped = PARAMS._replace(logits_soft_cap=30.0)
+    installed("fa4", "aten")
+    assert unsupported(q, capped) is None
+    installed("aten")
+    assert unsupported(q, capped) == "a soft cap without flash-attn-4"
+
+
+def test_what_dropout_cannot_do_is_named():
+    q = torch.empty(4, 2, 64, dtype=torch.bfloat16)
+    assert dropout_unsupported(q, PARAMS) is None
+    assert dropout_unsupported(q.float(), PARAMS) == "torch.float32"
+    capped = PARAMS._replace(logits_soft_cap=30.0)
+    assert dropout_unsupported(q, capped) == "a soft cap"
+    sinks = PARAMS._replace(sinks=torch.zeros(2))
+    assert dropout_unsupported(q, sinks) == "attention sinks"
 
 
 def test_dtypes_and_head_sizes_that_it_does_not_take():

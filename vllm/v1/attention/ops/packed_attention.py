@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
@@ -167,6 +171,7 @@ class AttentionParams(NamedTuple):
     logits_soft_cap: float | None
     dropout: float
     deterministic: bool
+    sinks: torch.Tensor | None = None  # [heads]
 
 
 # (q, k, v, sequences, params) -> output, where q and the output are
@@ -182,12 +187,28 @@ def select_kernel(
 ) -> AttentionKernel:
     """Every choice of a training kernel is made here and nowhere else."""
     if q.is_cuda:
-        from vllm.v1.attention.ops import flash_attn_training
+        from vllm.v1.attention.ops import flash_attn_training as flash
 
-        if flash_attn_training.unsupported(q, params) is None:
-            return flash_attn_training.flash_attention
+        if params.dropout > 0:
+            reason = flash.dropout_unsupported(q, params)
+            kernel = flash.flash_attention_with_dropout
+        else:
+            reason = flash.unsupported(q, params)
+            kernel = flash.flash_attention
+        if reason is None:
+            return kernel
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                "TrainableAttention: flash attention cannot do %s here; PyTorch's "
+                "kernels are used, which are slower.",
+                reason,
+            )
     window = params.sliding_window
-    if params.dropout > 0 or params.logits_soft_cap is not None:
+    if (
+        params.dropout > 0
+        or params.logits_soft_cap is not None
+        or params.sinks is not None
+    ):
         return _blockwise_attention
     if window is not None and window < sequences.max_seqlen:
         return _blockwise_attention
@@ -234,7 +255,8 @@ _MAX_BLOCK_SCORES = 1 << 22
 class _BlockwiseAttention(torch.autograd.Function):
     """Attention in blocks of queries, with the log-sum-exp kept for the backward.
 
-    Takes what PyTorch's fused kernels do not: sliding window, soft cap, dropout.
+    Takes what PyTorch's fused kernels do not: sliding window, soft cap, dropout,
+    attention sinks.
     Memory is linear in tokens, K and V are not expanded for grouped queries, and
     half precision is computed in float32. The backward recomputes the
     probabilities, as in FlashAttention (https://arxiv.org/abs/2205.14135), and
@@ -247,6 +269,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         q: torch.Tensor,  # [tokens, heads, head_dim]
         k: torch.Tensor,  # [tokens, kv_heads, head_dim]
         v: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        sinks: torch.Tensor | None,  # [heads]
         lengths: tuple[int, ...],
         params: AttentionParams,
         seed: int,
@@ -258,19 +281,22 @@ class _BlockwiseAttention(torch.autograd.Function):
             for rows, cols, mask, kept in blocks:
                 scores, _ = blocks.scores(rows, cols, mask)
                 block_lse = scores.logsumexp(-1, keepdim=True)
+                if sinks is not None:
+                    sink = sinks.to(lse.dtype).view(*scores.shape[:2], 1, 1)
+                    block_lse = torch.logaddexp(block_lse, sink)
                 probs = (scores - block_lse).exp_()
                 if kept is not None:
                     probs *= kept
                 out[rows] = blocks.ungroup(probs.flatten(1, 2) @ blocks.keys(v, cols))
                 lse[rows] = blocks.ungroup(block_lse.flatten(1, 2)).squeeze(-1)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.lengths, ctx.params, ctx.seed = lengths, params, seed
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.lengths, ctx.params, ctx.seed = lengths, params._replace(sinks=None), seed
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         params = ctx.params
         # rows are written once; keys are summed over blocks
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -298,7 +324,22 @@ class _BlockwiseAttention(torch.autograd.Function):
                 grad_scores *= params.scale
                 grad_q[rows] = blocks.ungroup(grad_scores @ blocks.keys(k, cols))
                 grad_k[cols] += (grad_scores.mT @ blocks.group(q[rows])).transpose(0, 1)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        grad_sinks = None if sinks is None else sink_gradient(grad_out, sinks, out, lse)
+        grad_kv = grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return grad_q, *grad_kv, grad_sinks, None, None, None
+
+
+def sink_gradient(
+    grad_out: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> torch.Tensor:
+    """d loss / d sinks `[heads]` of `[tokens, heads, head_dim]` outputs.
+
+    A sink is a key without a value, so its gradient is that of any key's score with
+    P·dP = 0: `-p_sink * (out . grad_out)`. `lse`, `[tokens, heads]`, includes it.
+    """
+    delta = (out.to(lse.dtype) * grad_out).sum(-1)  # [tokens, heads]
+    share = torch.exp(sinks.to(lse.dtype) - lse)
+    return -(share * delta).sum(0).to(sinks.dtype)
 
 
 class _Blocks:
@@ -404,7 +445,9 @@ def _blockwise_attention(
 ) -> torch.Tensor:
     if params.dropout > 0:
         return _blockwise_with_dropout(q, k, v, sequences.lengths, params)
-    return _BlockwiseAttention.apply(q, k, v, sequences.lengths, params, 0)
+    return _BlockwiseAttention.apply(
+        q, k, v, params.sinks, sequences.lengths, params, 0
+    )
 
 
 @torch.compiler.disable(reason="random generators cannot be traced")
@@ -418,4 +461,4 @@ def _blockwise_with_dropout(
     # From the CPU's generator: torch.manual_seed and checkpointing govern it, and
     # no device is waited for.
     seed = int(torch.randint(2**63 - 1, ()))
-    return _BlockwiseAttention.apply(q, k, v, lengths, params, seed)
+    return _BlockwiseAttention.apply(q, k, v, params.sinks, lengths, params, seed)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_model import TinyModel, greedy, trained_model
+from torch import nn
+
+from vllm import ModelRegistry, SamplingParams
+from vllm.compilation.registered_model import add_to_compile_hash
+
+PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
+
+
+def digest(module: nn.Module) -> str:
+    config = SimpleNamespace(additional_config={"user": 1})
+    add_to_compile_hash(module, config)
+    assert config.additional_config["user"] == 1
+    return config.additional_config["registered_module"]
+
+
+class Scaled(TinyModel):
+    """Its forward depends on a plain attribute."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids, positions) * self.scale
+
+
+def with_closure(value: float) -> nn.Module:
+    module = nn.Identity()
+    module.function = lambda x: x * value
+    return module
+
+
+def test_equal_modules_share_compiled_code() -> None:
+    assert digest(Scaled(1.0)) == digest(Scaled(1.0))
+    assert digest(with_closure(1.0)) == digest(with_closure(1.0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Scaled(2.0), TinyModel(), Scaled(1.0).double(), nn.Sequential(Scaled(1.0))],
+    ids=["attribute", "class", "dtype", "structure"],
+)
+def test_other_modules_do_not(other: nn.Module) -> None:
+    assert digest(other) != digest(Scaled(1.0))
+
+
+def test_variables_of_a_function_count() -> None:
+    assert digest(with_closure(1.0)) != digest(with_closure(2.0))
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    program = (
+        "from test_registered_model import Scaled, digest; print(digest(Scaled(1.0)))"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parent,
+            env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1 and len(printed.pop()) == 65
+
+
+def tokens(llm) -> list[list[int]]:
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=8, detokenize=False),
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def wrapper_of(llm) -> nn.Module:
+    return llm.apply_model(lambda model: model)[0]
+
+
+@pytest.mark.engine
+def test_what_is_compiled_is_the_module_that_was_built(
+    start, monkeypatch, tmp_path
+) -> None:
+    # The same source and config.json twice, so that only the variable differs.
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    reference = trained_model()
+    for scale in (1.0, -1.0):
+        ModelRegistry.register_model(
+            "TinyModel", lambda c, p, scale=scale: Scaled(scale)
+        )
+        llm = start(enforce_eager=False)
+        assert wrapper_of(llm).compiled
+        scaled = Scaled(scale)
+        scaled.load_state_dict(reference.state_dict())
+        assert tokens(llm) == [greedy(scaled, prompt, 8) for prompt in PROMPTS]
+
+
+class Untraceable(TinyModel):
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if float(positions.sum()) < 0:  # depends on data
+            raise ValueError("negative positions")
+        return super().forward(input_ids, positions)
+
+
+@pytest.mark.engine
+def test_what_cannot_be_traced_runs_eagerly(start, monkeypatch, caplog) -> None:
+    ModelRegistry.register_model("TinyModel", lambda c, p: Untraceable())
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    llm = start(enforce_eager=False)
+    assert "TinyModel runs without torch.compile" in caplog.text
+    reference = trained_model()
+    assert tokens(llm) == [greedy(reference, prompt, 8) for prompt in PROMPTS]
+
+
+@pytest.mark.engine
+def test_compilation_can_be_declined(start) -> None:
+    ModelRegistry.register_model(
+        "TinyModel", lambda c, p: TinyModel(), supports_torch_compile=False
+    )
+    llm = start(enforce_eager=False)
+    assert not hasattr(wrapper_of(llm), "compiled")
+    reference = trained_model()
+    assert tokens(llm) == [greedy(reference, prompt, 8) for prompt in PROMPTS]

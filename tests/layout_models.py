@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Four ways to parallelize a language model, each for every layout.
+
+Three share `Stage`: with vLLM's parallel layers, with DTensor, and as a mixture of
+experts. The fourth is a Megatron GPTModel, in `megatron_gpt.py`.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from vllm.model_executor.layers import TrainableAttention
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.parallel_context import ParallelContext
+
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+
+# What a layer is made of: plain PyTorch, or vLLM's layers.
+PLAIN = SimpleNamespace(
+    embedding=nn.Embedding,
+    column=nn.Linear,
+    row=nn.Linear,
+    head=lambda vocab, hidden: nn.Linear(hidden, vocab, bias=False),
+)
+PARALLEL = SimpleNamespace(
+    embedding=VocabParallelEmbedding,
+    column=partial(ColumnParallelLinear, return_bias=False),
+    row=partial(RowParallelLinear, return_bias=False),
+    head=ParallelLMHead,
+)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Any, context: ParallelContext, kind: Any) -> None:
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.q_proj = kind.column(hidden, hidden)
+        self.k_proj = kind.column(hidden, hidden)
+        self.v_proj = kind.column(hidden, hidden)
+        self.attention = TrainableAttention(
+            heads // context.tensor_parallel_size, hidden // heads
+        )
+        self.o_proj = kind.row(hidden, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [tokens, hidden/TP]
+        return self.o_proj(self.attention(q, k, v))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Any, kind: Any) -> None:
+        super().__init__()
+        self.up = kind.column(config.hidden_size, config.intermediate_size)
+        self.down = kind.row(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Experts(nn.Module):
+    """Whole experts on each expert-parallel rank; the names are the same on all."""
+
+    def __init__(self, config: Any, context: ParallelContext) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.context = context
+        self.router = nn.Linear(config.hidden_size, config.num_experts)
+        size, rank = context.expert_parallel_size, context.expert_parallel_rank
+        self.experts = nn.ModuleDict(
+            {
+                str(index): MLP(config, PLAIN)
+                for index in range(rank, config.num_experts, size)
+            }
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = len(x)
+        x, start = self.gather_tokens(x)
+        weights, chosen = self.router(x).softmax(-1).topk(self.top_k)
+        out = torch.zeros_like(x)
+        for index, expert in self.experts.items():
+            token, slot = (chosen == int(index)).nonzero(as_tuple=True)
+            out.index_add_(0, token, weights[token, slot, None] * expert(x[token]))
+        if self.context.expert_parallel_size > 1:
+            dist.all_reduce(out, group=self.context.get_ep_process_group())
+        return out[start : start + tokens]
+
+    def gather_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The tokens of all data-parallel ranks, and where those of this one begin."""
+        size, rank = self.context.data_parallel_size, self.context.data_parallel_rank
+        if size == 1:
+            return x, 0
+        group = self.context.get_dp_process_group()
+        counts = [torch.empty(1, dtype=torch.long) for _ in range(size)]
+        dist.all_gather(counts, torch.tensor([len(x)]), group=group)
+        padded = F.pad(x, (0, 0, 0, int(max(counts)) - len(x)))
+        parts = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(parts, padded, group=group)
+        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(parts), int(sum(counts[:rank]))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Any, context: ParallelContext, kind: Any) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config, context, kind)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        if hasattr(config, "num_experts"):
+            self.mlp: nn.Module = Experts(config, context)
+        else:
+            self.mlp = MLP(config, kind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Stage(nn.Module):
+    """What one pipeline stage has of the model; without stages it is the whole."""
+
+    def __init__(self, config: Any, context: ParallelContext, kind: Any) -> None:
+        super().__init__()
+        vocab, hidden = config.vocab_size, config.hidden_size
+        if context.is_first_stage:
+            self.embedding = kind.embedding(vocab, hidden)
+            self.positions = nn.Embedding(config.max_position_embeddings, hidden)
+        self.layers = nn.ModuleDict(
+            {
+                str(index): Block(config, context, kind)
+                for index in context.layer_range(config.num_hidden_layers)
+            }
+        )
+        if context.is_last_stage:
+            self.norm = nn.LayerNorm(hidden)
+            self.lm_head = kind.head(vocab, hidden)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = inputs_embeds
+        if x is None:
+            x = self.embedding(input_ids) + self.positions(positions)
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.norm(x) if hasattr(self, "norm") else x
+
+
+def build_plain(config: Any) -> Stage:
+    """The whole model, without vLLM: what is trained, and the reference."""
+    return Stage(config, ParallelContext(), PLAIN)
+
+
+def build_parallel(vllm_config: Any, parallel_context: ParallelContext) -> Stage:
+    """With vLLM's layers; of a mixture of experts if the config says so."""
+    config = vllm_config.model_config.hf_config
+    return Stage(config, parallel_context, PARALLEL)
+
+
+def build_dtensor(vllm_config: Any, parallel_context: ParallelContext) -> Stage:
+    """PyTorch's layers, parallelized from outside."""
+    model = Stage(vllm_config.model_config.hf_config, parallel_context, PLAIN)
+    plan = {
+        "layers.*.attention.[qkv]_proj": ColwiseParallel(),
+        "layers.*.attention.o_proj": RowwiseParallel(),
+        "layers.*.mlp.up": ColwiseParallel(),
+        "layers.*.mlp.down": RowwiseParallel(),
+    }
+    if parallel_context.is_last_stage:
+        plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    return parallelize_module(model, parallel_context.device_mesh()["tp"], plan)

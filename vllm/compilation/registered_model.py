@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""torch.compile of models that a registered callable builds.
+
+vLLM compiles a class that its author has decorated and tried. A registered module is
+nobody's decorated class, so it is compiled if it can be, and runs eagerly if not; and
+since vLLM drops every guard, its compiled code is cached under what the module is,
+not only under what its files and config.json say.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+import vllm.envs as envs
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+# Axes along which the arguments of a model's forward vary from step to step.
+TOKEN_AXES = {
+    "input_ids": 0,
+    "positions": -1,
+    "intermediate_tensors": 0,
+    "inputs_embeds": 0,
+}
+
+
+def compile_if_possible(model_cls: type[Any]) -> type[Any]:
+    """Have instances of `model_cls` compiled by vLLM, or run eagerly with a warning.
+
+    vLLM's own switches apply (`enforce_eager`, `compilation_config.mode`). With
+    `VLLM_BATCH_INVARIANT` nothing is compiled: fused operations round differently
+    from those of the trainer, which runs eagerly.
+    """
+    decorated = support_torch_compile(
+        dynamic_arg_dims=TOKEN_AXES, enable_if=_rounding_may_differ
+    )(model_cls)
+    call = decorated.__call__
+
+    def call_or_fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(self, *args, **kwargs)
+        except (TorchDynamoException, ConstraintViolationError) as error:
+            if self.compiled:
+                raise
+            self.do_not_compile = True
+            logger.warning(
+                "%s runs without torch.compile, which cannot trace it (%s). Register "
+                "it with supports_torch_compile=False, or start with enforce_eager, "
+                "to do without the attempt.",
+                model_cls.__name__,
+                str(error).strip().partition("\n")[0],
+            )
+            return self.forward(*args, **kwargs)
+
+    decorated.__call__ = call_or_fall_back
+    return decorated
+
+
+def _rounding_may_differ(vllm_config: VllmConfig) -> bool:
+    return not envs.VLLM_BATCH_INVARIANT
+
+
+def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:
+    """Make vLLM's cache of compiled code depend on what `module` is.
+
+    Two callables may build different modules from the same files and the same
+    config.json: a lambda's variables are in neither.
+    """
+    config = vllm_config.additional_config
+    if isinstance(config, dict):
+        digest = hashlib.sha256()
+        for part in _constants(module):
+            digest.update(part.encode() + b"\0")
+        vllm_config.additional_config = config | {
+            "registered_module": digest.hexdigest()
+        }
+
+
+def _constants(module: nn.Module) -> Iterator[str]:
+    """What tracing `module` may burn into its graph, as text."""
+    for name, child in module.named_modules():
+        yield f"{name}: {type(child).__module__}.{type(child).__qualname__}"
+        for key, value in sorted(vars(child).items()):
+            if key not in ("_parameters", "_buffers", "_modules"):
+                yield f"{name}.{key}={_text(value, set())}"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield f"{name}: {tensor.dtype} {list(tensor.shape)} {list(tensor.stride())}"
+
+
+def _text(value: Any, seen: set[int]) -> str:
+    """`value` by its contents, without addresses, which change from run to run."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, torch.dtype | torch.device | torch.Size):
+        return str(value)
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    kind = value if isinstance(value, type) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if id(value) in seen or isinstance(value, type | nn.Module):
+        return name
+    nested = functools.partial(_text, seen=seen | {id(value)})
+    if isinstance(value, Mapping):
+        return str([(nested(key), nested(item)) for key, item in value.items()])
+    if isinstance(value, set | frozenset):
+        return str(sorted(map(nested, value)))
+    if isinstance(value, list | tuple):
+        return str(list(map(nested, value)))
+    if isinstance(value, functools.partial):
+        return nested((value.func, value.args, value.keywords))
+    if isinstance(value, types.MethodType):
+        return nested(value.__func__)
+    if isinstance(value, types.FunctionType):
+        code = value.__code__
+        constants = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
+        closure = [cell.cell_contents for cell in value.__closure__ or ()]
+        return code.co_code.hex() + nested([constants, value.__defaults__, closure])
+    if name.partition(".")[0] in ("vllm", "torch"):
+        return name  # its state follows from the config, which is hashed as well
+    return name + nested(getattr(value, "__dict__", ()))
