@@ -270,12 +270,6 @@ def test_an_empty_stage():
         apply_plans(PlanModel(), config(), ParallelContext(pipeline_parallel_size=4))
 
 
-def test_stages_without_a_plan():
-    with pytest.raises(ValueError, match="Give it a pp_plan that names its stack of"):
-        context = ParallelContext(pipeline_parallel_size=2)
-        apply_plans(PlanModel(pp_plan=None), config(), context)
-
-
 def test_a_tied_weight_that_is_split_once():
     model = PlanModel(tied=True, tp_plan={"lm_head": "colwise_rep"})
     message = "embedding.weight and lm_head.weight are one parameter, but tp_plan does"

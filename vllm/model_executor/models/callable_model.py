@@ -590,7 +590,8 @@ def _stage_input(
         f"{inspect.signature(module.forward)} of a pipeline stage after the first has "
         "no argument for the hidden states of the stage before. Add "
         "inputs_embeds=None, which gets them as [tokens, hidden], or "
-        "intermediate_tensors=None, which gets vLLM's IntermediateTensors."
+        "intermediate_tensors=None, which gets vLLM's IntermediateTensors; or give the "
+        "module a pp_plan, which cuts it into stages."
     )
 
 

@@ -114,24 +114,16 @@ def apply_plans(
             message has the pattern.
 
     """
-    tp_size = context.get_tensor_parallel_world_size()
-    pp_size = context.get_pipeline_parallel_world_size()
     hf_config = vllm_config.model_config.hf_config
     # All is checked before anything is changed, at one rank as at many.
     styles = _match_styles(module, _find_plan(module, "tp_plan", hf_config))
     splits = _splits(module, styles)
     stages = _match_stages(module, _find_plan(module, "pp_plan", hf_config))
-    if pp_size > 1 and stages is None and not _takes_hidden_states(module):
-        raise ValueError(
-            f"{_kind(module)} cannot be cut into {pp_size} pipeline stages: it has no "
-            "pp_plan, and its forward takes neither intermediate_tensors nor "
-            "inputs_embeds. Give it a pp_plan that names its stack of layers."
-        )
-    if tp_size > 1:
+    if context.tensor_parallel_size > 1:
         _split(module, splits, context)
         _divide_attention(module, styles, context)
         _change_forwards(module, styles, context)
-    if pp_size > 1 and stages is not None:
+    if context.pipeline_parallel_size > 1 and stages is not None:
         _cut_stage(module, stages, vllm_config, context)
     return module
 
@@ -455,15 +447,6 @@ def _hand_over(
         )
     forward.__signature__ = signature  # type: ignore[attr-defined]
     module.forward = forward
-
-
-def _takes_hidden_states(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(
-        p.name in ("intermediate_tensors", "inputs_embeds")
-        or p.kind is inspect.Parameter.VAR_KEYWORD
-        for p in parameters
-    )
 
 
 # ---- Tensor parallelism --------------------------------------------------------------
