@@ -280,7 +280,7 @@ def matmul_tflops() -> float:
     return 2 * 8192**3 / median_ms(lambda: a @ b, CALLS) / 1e9
 
 
-def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
+def speed(rounds: int, console: Console) -> Iterator[dict[str, Any]]:
     """Times of every engine on every shape: medians over rounds; all take turns.
 
     The first round, which compiles and warms up, does not count.
@@ -291,9 +291,9 @@ def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
         "bare kernels": kernels,
         **PEERS,
     }
-    rows = []
     for shape in [*SHAPES, rl_batch()]:
         batch = Batch(shape)
+        rows = []
         timed: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         refused: dict[str, str] = {}
         peaks = []
@@ -319,8 +319,8 @@ def speed(rounds: int, console: Console) -> list[dict[str, Any]]:
                     for direction in times[0]
                 }
             rows.append(row)
-        console.print(speed_table(shape, [r for r in rows if r["shape"] == shape.name]))
-    return rows
+        console.print(speed_table(shape, rows))
+        yield from rows
 
 
 def speed_table(shape: Shape, rows: list[dict[str, Any]]) -> Table:
@@ -366,9 +366,8 @@ def reference(batch: Batch) -> tuple[torch.Tensor, ...]:
     return out, *torch.autograd.grad(out, (q, k, v), batch.grad.double())
 
 
-def errors(console: Console) -> list[dict[str, Any]]:
+def errors(console: Console) -> Iterator[dict[str, Any]]:
     """Relative error against float64 of every engine and every backward of ours."""
-    rows = []
     lengths = (1, 130, 512, 777)
     table = Table(title="relative error against float64", title_justify="left")
     for column in ("head_dim", "heads", "engine", "out", "dQ", "dK", "dV"):
@@ -407,13 +406,13 @@ def errors(console: Console) -> list[dict[str, Any]]:
                 ]
                 cells = [f"{value:.2e}" for value in row["relative"]]
                 table.add_row(str(head_dim), f"{heads}/{kv_heads}", name, *cells)
-            rows.append(row)
+            yield row
         os.environ.pop(flash_attn_training.BACKWARD_VARIABLE)
     console.print(table)
     return rows
 
 
-def memory(console: Console) -> list[dict[str, float]]:
+def memory(console: Console) -> Iterator[dict[str, Any]]:
     """Peak bytes a token of a forward and backward, inputs not counted."""
     rows = []
     for tokens in (1024, 4096, 16384, 65536, 262144):
@@ -431,7 +430,7 @@ def memory(console: Console) -> list[dict[str, float]]:
     for row in rows:
         table.add_row(f"{row['tokens']:,}", f"{row['bytes_per_token']:,.0f}")
     console.print(table)
-    return rows
+    yield from rows
 
 
 def version(name: str) -> str | None:
@@ -460,15 +459,17 @@ def main() -> None:
         }
         | {"cudnn": torch.backends.cudnn.version()},
     }
-    parts: dict[str, Callable[[], Any]] = {
-        "memory": lambda: memory(console),
-        "errors": lambda: errors(console),
-        "speed": lambda: speed(args.rounds, console),
+    parts = {
+        "memory": memory(console),
+        "errors": errors(console),
+        "speed": speed(args.rounds, console),
     }
-    for name, part in parts.items():
-        results[name] = part()
-        if args.json:  # after each, as they take minutes
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name, rows in parts.items():
+        results[name] = []
+        for row in rows:
+            results[name].append(row)
+            if args.json:  # after each, as they take minutes
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

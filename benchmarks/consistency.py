@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import LLAMA_1B, LLAMA_1B_HEAD_128, Llama
+from llama import LLAMA_1B, LLAMA_1B_HEAD_128, Llama, last_json
 from safetensors.torch import save_file
 
 SHAPES = {64: LLAMA_1B, 128: LLAMA_1B_HEAD_128}
@@ -369,7 +369,7 @@ def main() -> None:
                 if child.returncode:
                     print(f"{mode}, heads of {head_dim}: failed, see above")
                     continue
-                rows.append(json.loads(child.stdout.splitlines()[-1]))
+                rows.append(last_json(child.stdout))
                 if args.json:  # after each, as they take minutes
                     args.json.write_text(json.dumps(results, indent=1) + "\n")
     table = Table(title="engine against trainer")

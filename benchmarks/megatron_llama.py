@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A Llama of megatron-core's layers around `TrainableAttention`, for the benchmarks."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,13 @@ class CoreAttention(TrainableAttention):
 
 
 class MegatronLlama(GPTModel):
-    """`[tokens]` ids and positions -> hidden states `[tokens, hidden]`."""
+    """`[tokens]` ids and positions -> hidden states `[tokens, hidden]`.
+
+    It keeps the weights that Megatron has made up.
+    """
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Nothing: speed does not depend on them."""
 
     def forward(
         self,
@@ -93,7 +100,6 @@ def build(shape: LlamaShape, groups: "ProcessGroupCollection") -> MegatronLlama:
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        perform_initialization=False,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CoreAttention

@@ -6,7 +6,7 @@
 
 vLLM's native class, a factory with vLLM's parallel layers, and a factory with
 megatron-core's, each in a process of its own and as vLLM runs it by default. The first
-two load the same checkpoint; Megatron's weights are made up, as for speed they may be.
+two load the same checkpoint; Megatron keeps the random weights that it makes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama import LLAMA_8B, Llama
+from llama import LLAMA_8B, Llama, last_json
 from safetensors.torch import save_file
 
 ENGINES = ("native", "vLLM's layers", "Megatron")
@@ -63,7 +63,6 @@ def run(engine: str, layout: str, directory: str) -> dict[str, float]:
             lambda c, p: build(LLAMA_8B, p.megatron_groups()),
             supports_pp=True,
         )
-        options["load_format"] = "dummy"
     config = Path(directory) / "config.json"
     config.write_text(json.dumps(LLAMA_8B.config(architecture)))
     start = time.perf_counter()
@@ -138,10 +137,12 @@ def main() -> None:
                     command, capture_output=True, text=True, env=environment
                 )
                 if child.returncode:
-                    print(f"{engine}, {layout}:\n{child.stderr[-3000:]}")
+                    print(
+                        f"{engine}, {layout}:\n{child.stdout[-4000:]}{child.stderr[-2000:]}"
+                    )
                     continue
                 row = {"engine": engine, "layout": layout}
-                row |= json.loads(child.stdout.splitlines()[-1])
+                row |= last_json(child.stdout)
                 loading = LOADING.findall(child.stdout + child.stderr)
                 row["loading_s"] = max(map(float, loading))
                 rows.append(row)

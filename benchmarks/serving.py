@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llama import LLAMA_1B, Llama
+from llama import LLAMA_1B, Llama, last_json
 
 ENGINES = ("native", "Transformers backend", "plain module")
 PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 256, 256
@@ -113,7 +113,7 @@ def main() -> None:
             for engine in ENGINES:
                 command = [sys.executable, __file__, "--run", engine]
                 child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-                runs[engine].append(json.loads(child.stdout.splitlines()[-1]))
+                runs[engine].append(last_json(child.stdout))
                 print(engine, runs[engine][-1], flush=True)
                 if args.json:  # after each, as they take minutes
                     args.json.write_text(json.dumps(results, indent=1) + "\n")
