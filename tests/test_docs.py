@@ -331,6 +331,7 @@ def guide(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("guide")
     write_blocks(DOCS / "models/custom_models.md", folder)
     write_blocks(DOCS / "models/minimal_interface.md", folder)
+    write_blocks(DOCS / "models/plans.md", folder)
     (folder / "continue.py").write_text(SERVE)
     (folder / "greedy.py").write_text(GREEDY)
     run(folder, "train.py")
@@ -387,7 +388,11 @@ def test_guide_in_parallel(guide, module, capabilities, size):
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "module, capabilities",
-    [("vllm_parallel", {}), ("smallest", {"is_attention_free": True})],
+    [
+        ("vllm_parallel", {}),
+        ("smallest", {"is_attention_free": True}),
+        ("plan_model", {}),
+    ],
 )
 def test_other_modules_of_the_docs_serve(guide, module, capabilities):
     arguments = (module, json.dumps(capabilities), '{"load_format": "dummy"}')

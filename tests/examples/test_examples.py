@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINING = "custom_model_training_to_inference.py"
 MEGATRON = "offline_inference/custom_model_with_megatron.py"
 PARALLELISM = "generic_model_parallelism.py"
+PLANS = "plan_model/train.py"  # in test_plan_model.py
 
 SMALL = ["--num-prompts", "3", "--max-tokens", "12"]
 
@@ -59,7 +60,7 @@ def test_every_example_is_run_here():
         for path in EXAMPLES.rglob("*.py")
         if "__main__" in path.read_text(encoding="utf-8")
     }
-    assert scripts == {TRAINING, MEGATRON, PARALLELISM}, (
+    assert scripts == {TRAINING, MEGATRON, PARALLELISM, PLANS}, (
         "run each example in tests/examples"
     )
 

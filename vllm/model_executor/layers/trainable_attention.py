@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import vllm.envs as envs
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config,
+    get_current_vllm_config_or_none,
+)
 from vllm.forward_context import is_forward_context_available
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.v1.attention.ops.packed_attention import (
@@ -238,6 +242,31 @@ class TrainableAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         # a child, so that vLLM finds it when it processes weights after loading
         self.paged = _build_paged_attention(self, prefix)
+
+    def divide_heads(self, ranks: int) -> None:
+        """Keep one of `ranks` equal parts of the heads, with its part of the KV cache.
+
+        The caller has taken this rank's part of `sinks`.
+
+        Args:
+            ranks: Tensor-parallel ranks that divide the heads among them.
+
+        Raises:
+            ValueError: `ranks` does not divide the heads.
+        """
+        if self.num_heads % ranks or self.num_kv_heads % ranks:
+            raise ValueError(
+                f"{self.num_heads} query heads and {self.num_kv_heads} key and value "
+                f"heads cannot be divided by {ranks} tensor-parallel ranks. Use a "
+                "number of ranks that divides both."
+            )
+        self.num_heads //= ranks
+        self.num_kv_heads //= ranks
+        if self.paged is not None:
+            prefix = self.paged.layer_name
+            context = get_current_vllm_config().compilation_config
+            del context.static_forward_context[prefix]
+            self.paged = _build_paged_attention(self, prefix)
 
     def forward(
         self,

@@ -34,6 +34,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
+from vllm.model_executor.models.parallel_plan import apply_plans
 from vllm.model_executor.models.registry import (
     _VLLM_MODELS,
     _BaseRegisteredModel,
@@ -44,6 +45,7 @@ from vllm.model_executor.models.registry import (
 )
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
+from vllm.transformers_utils.auto_map import AutoMapModel, auto_map_model
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 if TYPE_CHECKING:
@@ -347,6 +349,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             annotated = _annotated_class(self.factory)
         if annotated is not None:
             attributes = _interface_of(annotated)
+            plans = (getattr(annotated, name, None) for name in ("pp_plan", "_pp_plan"))
+            if any(plans):
+                attributes.setdefault("supports_pp", True)
         attributes |= self.capabilities
         if attributes.get("supports_pp"):
             attributes["make_empty_intermediate_tensors"] = (
@@ -385,6 +390,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
                 f"{_describe(module)}; expected a torch.nn.Module. The signature "
                 f"wanted is {SIGNATURE}."
             )
+        module = apply_plans(module, vllm_config, context)
         # A module that was built before, by the caller, may lie elsewhere.
         return module.to(vllm_config.device_config.device)
 
@@ -414,6 +420,13 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
             for name in names
             if name in registry.models and _travels(name, registry.models[name])
         }
+        own = None if carried else auto_map_model(model_config, registry.models)
+        if own is not None:
+            # Whether it has a plan for pipeline stages is known when it is built.
+            carried = {
+                arch: _CallableRegisteredModel(arch, own, {"supports_pp": True})
+                for arch in model_config.architectures
+            }
         vars(model_config)["_registered_callables"] = carried
         if carried:
             _forget_resolved_classes()
@@ -500,6 +513,10 @@ def _annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
     """The module class that `factory` says it returns."""
     while isinstance(factory, functools.partial):
         factory = factory.func
+    if isinstance(factory, AutoMapModel):
+        factory = factory.load()
+        if isinstance(factory, type):
+            return factory
     if not inspect.isroutine(factory):
         factory = type(factory).__call__
     try:
@@ -585,7 +602,8 @@ def _stage_input(
         f"{inspect.signature(module.forward)} of a pipeline stage after the first has "
         "no argument for the hidden states of the stage before. Add "
         "inputs_embeds=None, which gets them as [tokens, hidden], or "
-        "intermediate_tensors=None, which gets vLLM's IntermediateTensors."
+        "intermediate_tensors=None, which gets vLLM's IntermediateTensors; or give the "
+        "module a pp_plan, which cuts it into stages."
     )
 
 
