@@ -126,6 +126,7 @@ def test_data_parallel(tmp_path, kind):
         kv_cache_memory_bytes=1 << 24,
         max_logprobs=-1,
         data_parallel_size=2,
+        distributed_executor_backend="uni",  # fewer processes
         **KINDS[kind][2],
     )
     params = SamplingParams(
