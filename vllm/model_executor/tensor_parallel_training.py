@@ -112,7 +112,7 @@ def initialize_parameters(
                 continue
             whole = parameter.new_empty(layout.shape)
             initialize(name, whole)
-            parameter.zero_()  # the padding of a vocabulary
+            layout.padding_of(parameter).zero_()
             for part, local in layout.parts_of(parameter):
                 local.copy_(whole.narrow(layout.dim, part.offset, part.size))
 
@@ -185,7 +185,10 @@ class TrainingState(Stateful):
             state["optimizer"] = optimizer
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, layout in _layouts(self.module).items():
+            layout.padding_of(self.module.get_parameter(name)).zero_()
         if self.optimizer is None:
             return
         # Tensors were loaded in place; learning rates and the like were not.
@@ -224,6 +227,11 @@ class _Layout:
             (part, tensor.narrow(self.dim, part.start, part.size))
             for part in self.parts
         ]
+
+    def padding_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What follows the parts: the padding of a vocabulary, which is in no whole."""
+        used = sum(part.size for part in self.parts)
+        return parameter.narrow(self.dim, used, parameter.shape[self.dim] - used)
 
 
 def _layouts(module: nn.Module) -> dict[str, _Layout]:
