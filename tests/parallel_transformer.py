@@ -122,8 +122,11 @@ def reference_hidden(w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Ten
 
 
 def whole_weights(tied: bool = False) -> dict[str, torch.Tensor]:
-    """Weights of one device, the same on every call, by the parallel model's names."""
-    shapes = {"embedding.weight": (VOCAB, HIDDEN), "positions.weight": (POSITIONS, HIDDEN)}
+    """Weights of one device, the same on every call, by the model's names."""
+    shapes = {
+        "embedding.weight": (VOCAB, HIDDEN),
+        "positions.weight": (POSITIONS, HIDDEN),
+    }
     for i in range(LAYERS):
         layer = f"layers.{i}"
         for name, rows, columns, bias in (

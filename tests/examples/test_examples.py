@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,14 +16,19 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINING = "custom_model_training_to_inference.py"
 MEGATRON = "offline_inference/custom_model_with_megatron.py"
+PARALLEL = "train_tensor_parallel.py"
 
 SMALL = ["--num-prompts", "3", "--max-tokens", "12"]
 
 
 def run(example: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-    """Run `example` to its end; it must leave no process behind."""
+    return run_python(str(EXAMPLES / example), *SMALL, *args, **env)
+
+
+def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    """Run a program to its end; it must leave no process behind."""
     process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / example), *SMALL, *args],
+        [sys.executable, *args],
         env=os.environ | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,7 +64,9 @@ def test_every_example_is_run_here():
         for path in EXAMPLES.rglob("*.py")
         if "__main__" in path.read_text(encoding="utf-8")
     }
-    assert scripts == {TRAINING, MEGATRON}, "run each example in tests/examples"
+    assert scripts == {TRAINING, MEGATRON, PARALLEL}, (
+        "run each example in tests/examples"
+    )
 
 
 @pytest.mark.engine
@@ -103,3 +111,25 @@ def test_megatron_with_a_corrupted_weight_fails(tmp_path):
     assert "FAILED" in result.stdout and "Worst tokens" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert not report["passed"]
+
+
+@pytest.mark.engine
+def test_tensor_parallel_training(tmp_path):
+    """Two ranks begin, one goes on from their checkpoint, and serves its weights."""
+    example = (str(EXAMPLES / PARALLEL), "--output-dir", str(tmp_path))
+    losses: list[float] = []
+    for ranks in ("2", "1"):
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+        result = run_python(*torchrun, ranks, *example, "--steps", "6")
+        assert result.returncode == 0, result.stdout
+        lines = re.findall(r"^step +(\d+) +loss ([\d.]+)", result.stdout, re.M)
+        first, last = 6 * (ranks == "1"), 6 * (ranks == "1") + 5
+        assert int(lines[-1][0]) == last and int(lines[0][0]) >= first, result.stdout
+        losses += [float(loss) for _, loss in lines]
+    assert losses[-1] < losses[0]
+    result = run_python(
+        *(*example, "--serve", "--tensor-parallel-size", "1", "--max-tokens", "4"),
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    assert result.returncode == 0, result.stdout
+    assert "[The import statement]" in result.stdout

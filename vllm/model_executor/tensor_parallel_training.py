@@ -129,9 +129,10 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> torch.Tensor:
 
     """
     layouts, group = _layouts(module), get_tp_group()
-    parameters = {n: p for n, p in module.named_parameters() if p.grad is not None}
     counted: list[torch.Tensor] = []
-    for name, parameter in parameters.items():
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
         if (layout := layouts.get(name)) is not None:
             parts = layout.parts_of(parameter.grad)
             counted += [local for part, local in parts if part.replica == 0]
@@ -142,7 +143,7 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> torch.Tensor:
         square += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
     torch.distributed.all_reduce(square, group=group.device_group)
     norm = square.sqrt()
-    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
     return norm
 
 
@@ -174,7 +175,9 @@ class TrainingState(Stateful):
             }
         }
         if self.optimizer is not None:
-            optimizer = get_optimizer_state_dict(self.module, self.optimizer)
+            optimizer: dict[str, Any] = dict(
+                get_optimizer_state_dict(self.module, self.optimizer)
+            )
             optimizer["state"] = {
                 name: {
                     key: _as_whole(value, layouts.get(name))
@@ -256,7 +259,7 @@ def _layout(layer: nn.Module, parameter: nn.Parameter) -> _Layout | None:
         dim = getattr(parameter, "input_dim", None)  # a bias has none
         outputs = [(layer.input_size_per_partition, 1)]
     elif isinstance(layer, ColumnParallelLinear):
-        dim = parameter.output_dim
+        dim = getattr(parameter, "output_dim", None)
         outputs = _outputs(layer)
     else:
         return None

@@ -47,9 +47,7 @@ def differentiable_embedding(forward: Callable[..., Any]) -> Callable[..., Any]:
     return look_up_or_train
 
 
-def _linear(
-    layer: Any, x: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     # late: the modules of these layers import this one
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
@@ -77,10 +75,10 @@ def _linear(
         weight = _share_kv_heads(layer, weight, group)
         bias = None if bias is None else _share_kv_heads(layer, bias, group)
     output = F.linear(x, weight, bias)
-    if isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
-        # Rank 0 adds the bias, and the sum brings it to all.
-        if layer.bias is not None and not layer.skip_bias_add:
-            output = _AddedElsewhere.apply(output, layer.bias)
+    bias_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    if bias_elsewhere and layer.bias is not None and not layer.skip_bias_add:
+        # Rank 0 adds it, and the sum brings it to all.
+        output = _AddedElsewhere.apply(output, layer.bias)
     return output
 
 

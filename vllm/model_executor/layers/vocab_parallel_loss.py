@@ -98,9 +98,7 @@ def vocab_parallel_cross_entropy(
 
     """
     counts = labels != ignore_index
-    log_probs = vocab_parallel_token_log_probs(
-        logits, labels.where(counts, 0), lm_head
-    )
+    log_probs = vocab_parallel_token_log_probs(logits, labels.where(counts, 0), lm_head)
     losses = -log_probs.where(counts, 0.0)
     if reduction == "none":
         return losses
@@ -139,9 +137,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return chosen - normalizer
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, here, column, normalizer = ctx.saved_tensors
         # d log p[t] / d logit[v] = (v == t) - softmax[v]
         gradient = torch.sub(logits, normalizer[:, None]).exp_().mul_(-grad[:, None])
