@@ -3,7 +3,8 @@
 """Logits, log-probabilities and cross-entropy with the vocabulary split over ranks.
 
 No rank ever holds `[tokens, vocab]`: the ranks exchange two numbers for each token, and
-nothing in backward. Sums are in float32, or in float64 for logits in float64.
+nothing in backward. Sums are in float32, or in float64 for logits in float64, and of
+blocks of rows, so that no float32 copy of all logits is made.
 
 Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 """
@@ -115,16 +116,17 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, index: torch.Tensor, size: int, tp_size: int
     ) -> torch.Tensor:
-        scores = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         here = (index >= 0) & (index < size)
         column = index.masked_fill(~here, 0)[:, None]
-        # A rank may have padding only.
-        chosen = logits.gather(1, column).squeeze(1).to(scores.dtype)
+        chosen = logits.gather(1, column).squeeze(1).to(dtype)
         chosen = chosen.masked_fill(~here, -torch.inf)
-        if size:
-            normalizer = torch.logsumexp(scores, dim=1)
-        else:
-            normalizer = torch.full_like(chosen, -torch.inf)
+        normalizer = torch.full_like(chosen, -torch.inf)
+        if size:  # a rank may have padding only
+            rows = _rows(logits)
+            blocks = zip(normalizer.split(rows), logits.split(rows), strict=True)
+            for out, block in blocks:
+                torch.logsumexp(block[:, :size].to(dtype), dim=1, out=out)
         if tp_size > 1:
             # [1, 2, tokens] -> [TP, 2, tokens]
             local = torch.stack([chosen, normalizer]).unsqueeze(0)
@@ -139,8 +141,18 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, here, column, normalizer = ctx.saved_tensors
-        # d log p[t] / d logit[v] = (v == t) - softmax[v]
-        gradient = torch.sub(logits, normalizer[:, None]).exp_().mul_(-grad[:, None])
-        gradient[:, ctx.size :] = 0
-        gradient.scatter_add_(1, column, (grad * here)[:, None])
-        return gradient.to(logits.dtype), None, None, None
+        gradient = torch.empty_like(logits)
+        tensors = (gradient, logits, normalizer, grad, grad * here, column)
+        blocks = zip(*(x.split(_rows(logits)) for x in tensors), strict=True)
+        for out, block, block_normalizer, block_grad, chosen_grad, chosen in blocks:
+            # d log p[t] / d logit[v] = (v == t) - softmax[v]
+            softmax = (block - block_normalizer[:, None]).exp_()
+            exact = softmax.mul_(-block_grad[:, None])
+            exact[:, ctx.size :] = 0
+            out.copy_(exact.scatter_add_(1, chosen, chosen_grad[:, None]))
+        return gradient, None, None, None
+
+
+def _rows(logits: torch.Tensor) -> int:
+    """Rows to take at a time, so that their float32 copy stays within 64 MiB."""
+    return max(1, (1 << 24) // logits.shape[1])
