@@ -8,8 +8,8 @@ gradient of an all-reduce is its output's as it is, and where a tensor that all 
 hold alike enters a sharded layer, the gradients of the ranks are summed.
 
 `vllm.distributed.tensor_model_parallel_*` call these for tensors that need a gradient.
-They run on `torch.distributed`, whose collectives may be called from autograd's
-threads. vLLM's communicators, which keep a stream for each thread, may not.
+They are PyTorch's functional collectives, which torch.compile traces and which autograd
+may call from its own threads. vLLM's communicators keep a stream for each thread.
 
 Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 """
@@ -17,12 +17,21 @@ Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
 
 __all__ = ["all_gather", "all_reduce", "copy", "reduce_scatter"]
+
+# PyTorch 2.13 renamed these two.
+_all_gather = (
+    getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+)
+_reduce_scatter = (
+    getattr(functional, "reduce_scatter_single", None)
+    or functional.reduce_scatter_tensor
+)
 
 
 def all_reduce(input_: torch.Tensor, group: "GroupCoordinator") -> torch.Tensor:
@@ -58,26 +67,22 @@ def reduce_scatter(
 
 
 def _sum(tensor: torch.Tensor, group: "GroupCoordinator") -> torch.Tensor:
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group.device_group)
-    return total
+    total = functional.all_reduce(tensor.contiguous(), "sum", group.device_group)
+    return functional.wait_tensor(total)
 
 
 def _join(tensor: torch.Tensor, group: "GroupCoordinator", dim: int) -> torch.Tensor:
-    # the collectives join and split the first axis
-    tensor = tensor.movedim(dim, 0).contiguous()
-    joined = tensor.new_empty(group.world_size * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(joined, tensor, group=group.device_group)
-    return joined.movedim(0, dim).contiguous()
+    dim %= tensor.dim()
+    joined = _all_gather(tensor.contiguous(), dim, group.device_group)
+    return functional.wait_tensor(joined)
 
 
 def _sum_and_split(
     tensor: torch.Tensor, group: "GroupCoordinator", dim: int
 ) -> torch.Tensor:
-    tensor = tensor.movedim(dim, 0).contiguous()
-    part = tensor.new_empty(tensor.shape[0] // group.world_size, *tensor.shape[1:])
-    dist.reduce_scatter_tensor(part, tensor, group=group.device_group)
-    return part.movedim(0, dim).contiguous()
+    dim %= tensor.dim()
+    part = _reduce_scatter(tensor.contiguous(), "sum", dim, group.device_group)
+    return functional.wait_tensor(part)
 
 
 class _AllReduce(torch.autograd.Function):
