@@ -77,7 +77,7 @@ class ParallelTransformer(nn.Module):
         self.positions = nn.Embedding(POSITIONS, HIDDEN)
         self.layers = nn.ModuleList(ParallelBlock(size) for _ in range(LAYERS))
         self.norm = nn.RMSNorm(HIDDEN)
-        self.lm_head = ParallelLMHead(VOCAB, HIDDEN)
+        self.lm_head = ParallelLMHead(VOCAB, HIDDEN, bias=True)
         if tied:
             self.lm_head.tie_weights(self.embedding)
 
@@ -144,6 +144,7 @@ def whole_weights(tied: bool = False) -> dict[str, torch.Tensor]:
         shapes[f"{layer}.attention_norm.weight"] = (HIDDEN,)
         shapes[f"{layer}.mlp_norm.weight"] = (HIDDEN,)
     shapes["norm.weight"] = (HIDDEN,)
+    shapes["lm_head.bias"] = (VOCAB,)
     if not tied:
         shapes["lm_head.weight"] = (VOCAB, HIDDEN)
     generator = torch.Generator().manual_seed(0)

@@ -79,7 +79,7 @@ def parallel_loss(model: ParallelTransformer) -> torch.Tensor:
 
 def reference_logits(weights, ids: torch.Tensor) -> torch.Tensor:
     head = weights.get("lm_head.weight", weights["embedding.weight"])
-    return F.linear(reference_hidden(weights, ids), head)
+    return F.linear(reference_hidden(weights, ids), head, weights["lm_head.bias"])
 
 
 def reference_loss(weights) -> torch.Tensor:
