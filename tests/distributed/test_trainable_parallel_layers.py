@@ -89,7 +89,7 @@ def reference_loss(weights) -> torch.Tensor:
 
 
 def adamw(parameters) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=3e-3)
+    return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def parallel_steps(model, optimizer, steps: int) -> list[float]:
@@ -306,6 +306,29 @@ def check_the_graph_without_gradients() -> None:
         assert graph() == hooked
 
 
+def check_compiled(context) -> None:
+    """torch.compile traces layers and loss as one graph, and so their gradients."""
+    gradients = []
+    for compiled in (False, True):
+        model = parallel_model(context)
+
+        def loss(ids: torch.Tensor, model: ParallelTransformer = model) -> torch.Tensor:
+            layer = model.layers[0]
+            x = model.embedding(ids)
+            gate, up = layer.gate_up(x)[0].chunk(2, -1)
+            x = x + layer.down(F.silu(gate) * up)[0]
+            logits = vocab_parallel_logits(model.lm_head, x)
+            return vocab_parallel_cross_entropy(logits, ids, model.lm_head)
+
+        if compiled:
+            loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        loss(batch()).backward()
+        trained = [p for p in model.parameters() if p.grad is not None]
+        gradients.append([parameter.grad for parameter in trained])
+    assert len(gradients[0]) == 6
+    torch.testing.assert_close(*gradients)
+
+
 def check_all(context) -> None:
     check_collectives(context)
     check_losses(context)
@@ -324,7 +347,7 @@ def check_loaded(context, folder: Path) -> None:
     state = {"training": TrainingState(model, optimizer), "steps": 0}
     dcp.load(state, checkpoint_id=folder / "checkpoint")
     assert state["steps"] == STEPS
-    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert optimizer.param_groups[0]["lr"] == 5e-4
 
     whole = torch.load(folder / "whole.pt", weights_only=True)["training"]
     by_name = ParallelTransformer(context)
@@ -344,7 +367,7 @@ def check_loaded(context, folder: Path) -> None:
 
     continued = json.loads((folder / "losses.json").read_text())
     losses = parallel_steps(model, optimizer, STEPS_AFTER)
-    assert losses == pytest.approx(continued, rel=1e-4)
+    assert losses == pytest.approx(continued, rel=1e-5)
 
 
 def train_and_save(folder: Path, context) -> None:
@@ -355,11 +378,11 @@ def train_and_save(folder: Path, context) -> None:
     optimizer = adamw(model.parameters())
     losses = parallel_steps(model, optimizer, STEPS)
     expected = reference_steps(STEPS)
-    assert losses == pytest.approx(expected, rel=1e-4)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < 0.8 * losses[0]
     check_replicas_stay_equal(context, model)
 
-    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.param_groups[0]["lr"] = 5e-4
     state = {"training": TrainingState(model, optimizer), "steps": STEPS}
     dcp.save(state, checkpoint_id=folder / "checkpoint")
     (folder / "served").mkdir(exist_ok=True)
@@ -370,13 +393,14 @@ def train_and_save(folder: Path, context) -> None:
         dcp_to_torch_save(folder / "checkpoint", folder / "whole.pt")
     dist.barrier()
     check_loaded(context, folder)
+    check_compiled(context)
 
 
 def train_and_load(folder: Path, context) -> None:
     check_all(context)
     model = parallel_model(context)
     losses = parallel_steps(model, adamw(model.parameters()), STEPS)
-    assert losses == pytest.approx(reference_steps(STEPS), rel=1e-4)
+    assert losses == pytest.approx(reference_steps(STEPS), rel=1e-5)
     check_replicas_stay_equal(context, model)
     check_loaded(context, folder)
 
