@@ -222,7 +222,7 @@ def test_code_blocks_are_well_formed(page):
         for node in ast.walk(tree):
             if not isinstance(node, ast.ImportFrom):
                 continue
-            if not str(node.module).startswith(("vllm", "torch")):
+            if str(node.module).split(".")[0] not in ("vllm", "torch"):
                 continue
             module = importlib.import_module(str(node.module))
             for alias in node.names:
@@ -332,6 +332,7 @@ def guide(tmp_path_factory) -> Path:
     write_blocks(DOCS / "models/custom_models.md", folder)
     write_blocks(DOCS / "models/minimal_interface.md", folder)
     write_blocks(DOCS / "models/plans.md", folder)
+    write_blocks(DOCS / "models/tensor_parallel_training.md", folder)
     (folder / "continue.py").write_text(SERVE)
     (folder / "greedy.py").write_text(GREEDY)
     run(folder, "train.py")
@@ -340,6 +341,12 @@ def guide(tmp_path_factory) -> Path:
 
 def test_guide_trains(guide):
     assert (guide / "model.safetensors").exists()
+
+
+def test_guide_trains_in_parallel(guide):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run(guide, *torchrun, "train_parallel.py")
+    assert (guide / "checkpoint/.metadata").exists()
 
 
 @pytest.mark.engine

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,14 +18,19 @@ TRAINING = "custom_model_training_to_inference.py"
 MEGATRON = "offline_inference/custom_model_with_megatron.py"
 PARALLELISM = "generic_model_parallelism.py"
 PLANS = "plan_model/train.py"  # in test_plan_model.py
+PARALLEL = "train_tensor_parallel.py"
 
 SMALL = ["--num-prompts", "3", "--max-tokens", "12"]
 
 
 def run(example: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-    """Run `example` to its end; it must leave no process behind."""
+    return run_python(str(EXAMPLES / example), *SMALL, *args, **env)
+
+
+def run_python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    """Run a program to its end; it must leave no process behind."""
     process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / example), *SMALL, *args],
+        [sys.executable, *args],
         env=os.environ | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -60,7 +66,7 @@ def test_every_example_is_run_here():
         for path in EXAMPLES.rglob("*.py")
         if "__main__" in path.read_text(encoding="utf-8")
     }
-    assert scripts == {TRAINING, MEGATRON, PARALLELISM, PLANS}, (
+    assert scripts == {TRAINING, MEGATRON, PARALLELISM, PARALLEL, PLANS}, (
         "run each example in tests/examples"
     )
 
@@ -117,3 +123,42 @@ def test_megatron_with_a_corrupted_weight_fails(tmp_path):
     assert "FAILED" in result.stdout and "Worst tokens" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert not report["passed"]
+
+
+def parallel_losses(directory: Path, ranks: int, steps: int) -> dict[int, float]:
+    """Of the steps that the example prints, run by torchrun."""
+    result = run_python(
+        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+        *(str(EXAMPLES / PARALLEL), "--steps", str(steps)),
+        *("--output-dir", str(directory)),
+    )
+    assert result.returncode == 0, result.stdout
+    lines = re.findall(r"^step +(\d+) +loss ([\d.]+)", result.stdout, re.M)
+    return {int(step): float(loss) for step, loss in lines}
+
+
+@pytest.mark.engine
+def test_tensor_parallel_training(tmp_path):
+    """Two ranks begin; one goes on from their checkpoint, and serves its weights."""
+    begun = parallel_losses(tmp_path, ranks=2, steps=6)
+    resumed = parallel_losses(tmp_path, ranks=1, steps=6)
+    assert begun.keys() == {0, 5} and resumed.keys() == {10, 11}
+    assert resumed[11] < begun[5] < begun[0]
+    result = run_python(
+        *(str(EXAMPLES / PARALLEL), "--output-dir", str(tmp_path), "--serve"),
+        *("--tensor-parallel-size", "1", "--max-tokens", "4"),
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    assert result.returncode == 0, result.stdout
+    assert "[The import statement]" in result.stdout
+
+
+@pytest.mark.gpu
+def test_tensor_parallel_training_on_gpus(tmp_path):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    alone = parallel_losses(tmp_path / "1", ranks=1, steps=31)
+    together = parallel_losses(tmp_path / "2", ranks=2, steps=31)
+    assert together == pytest.approx(alone, rel=1e-3)

@@ -629,7 +629,9 @@ def _logits_function(
             f"{', '.join(OUTPUT_HEADS)}."
         )
     if isinstance(head, ParallelLMHead):
-        return functools.partial(LogitsProcessor(vocab_size), head)
+        return functools.partial(
+            LogitsProcessor(vocab_size), head, embedding_bias=head.bias
+        )
 
     def logits_of(hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = head(hidden_states)
