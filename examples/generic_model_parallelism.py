@@ -188,7 +188,32 @@ def with_megatron_layers(
     return GPT(config, parallel_context, layers)
 
 
-WAYS = {"vllm": with_vllm_layers, "megatron": with_megatron_layers}
+class PlannedGPT(GPT):
+    """The plain model and what to do with it: it is built whole, and cut by vLLM."""
+
+    tp_plan = {
+        "embedding": "rowwise",
+        "blocks.*.[qkv]_proj": "colwise",
+        "blocks.*.o_proj": "rowwise",
+        "blocks.*.up_proj": "colwise",
+        "blocks.*.down_proj": "rowwise",
+        "lm_head": "colwise_rep",
+    }
+    pp_plan = {
+        "embedding": (["input_ids"], ["hidden_states"]),
+        "positions": (["positions"], ["hidden_states"]),
+        "blocks": (["hidden_states"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+        "lm_head": (["hidden_states"], ["logits"]),
+    }
+
+
+def with_plan(vllm_config: VllmConfig, parallel_context: ParallelContext) -> GPT:
+    config = vllm_config.model_config.hf_config
+    return PlannedGPT(config, ParallelContext(), Layers())
+
+
+WAYS = {"vllm": with_vllm_layers, "megatron": with_megatron_layers, "plan": with_plan}
 
 
 # ---- Ground truth ---------------------------------------------------------------
