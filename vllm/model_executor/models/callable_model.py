@@ -16,10 +16,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import cloudpickle
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -38,6 +40,7 @@ from vllm.model_executor.models.registry import (
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.engine.startup_failure import enter_stage, time_limit
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -186,6 +189,7 @@ class CallableModelWrapper(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Load with the module's own `load_weights`, or by name if it has none."""
+        enter_stage("loading the weights")
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(weights)
         return load_full_checkpoint(
@@ -218,6 +222,7 @@ class CallableModelWrapper(nn.Module):
         )
         input_ids = torch.zeros(tokens, dtype=torch.long, device=device)
         positions = torch.zeros(tokens, dtype=torch.long, device=device)
+        enter_stage("trying the model on a few tokens")
         with (
             set_current_vllm_config(self._vllm_config),
             set_forward_context(None, self._vllm_config, num_tokens=tokens),
@@ -310,8 +315,13 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             factory = resolve_obj_by_qualname(factory.replace(":", "."))
         takes_prefix = _check_signature(self.architecture, factory)
         keywords = {"prefix": prefix} if takes_prefix else {}
+        task = f"the registered {_name(self.factory)} of {self.architecture}"
+        enter_stage(f"building the model by {task}")
         try:
-            module = factory(vllm_config, context, **keywords)
+            with time_limit(task):
+                module = factory(vllm_config, context, **keywords)
+                if isinstance(module, nn.Module):
+                    _check_same_on_all_ranks(self.architecture, module, context)
         except Exception as error:
             error.add_note(
                 f"raised by the registered {_name(self.factory)} of "
@@ -423,6 +433,59 @@ def _check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> N
                 f"{architecture}: {name!r} is not a capability that vLLM asks for; "
                 f"did you mean {', '.join(near)}?"
             )
+
+
+def _check_same_on_all_ranks(
+    architecture: str, module: nn.Module, context: ParallelContext
+) -> None:
+    """Compare the module's class and tensors with those of the tensor-parallel group.
+
+    Shapes are left out, as shards may be uneven, and with expert parallelism names are,
+    as each rank has its own experts.
+
+    Raises:
+        ValueError: rank 0 has another; the same on every rank.
+
+    """
+    group = context.get_tp_process_group()
+    if group is None or context.tensor_parallel_size == 1:
+        return
+    lines = [f"the class {type(module).__module__}.{type(module).__qualname__}"]
+    if context.expert_parallel_size == 1:
+        lines += [
+            f"{name}, {tensor.dim()} axes of {tensor.dtype}"
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor)
+        ]
+    texts = _all_gather_text("\n".join(lines), group)
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            pairs = zip_longest(texts[0].split("\n"), text.split("\n"))
+            first, other = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(
+                f"{architecture}: tensor-parallel ranks built different models. First "
+                f"difference: rank 0 has {first or 'no more tensors'}; rank {rank} has "
+                f"{other or 'no more tensors'}. Build the same module on every rank, "
+                "each with its shards."
+            )
+
+
+def _all_gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
+    """Every rank's text, by rank. Not pickled: peers are not to be trusted so far."""
+    device = torch.get_default_device()
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([len(encoded)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    longest = max(map(int, lengths))
+    padded = encoded.new_zeros(longest)
+    padded[: len(encoded)] = encoded
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded, group=group)
+    return [
+        bytes(chunk[: int(size)].tolist()).decode()
+        for chunk, size in zip(gathered, lengths, strict=True)
+    ]
 
 
 def _annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
