@@ -6,7 +6,6 @@ Prints what the process holds after each round, as lines of JSON. With one rank 
 engine is in this process, with more it and its workers are processes of their own.
 """
 
-import gc
 import json
 import os
 import sys
@@ -62,7 +61,6 @@ def main(model_dir: str, rounds: int) -> None:
     for _ in range(rounds):
         assert one_round(model_dir) == expected
         cleanup_dist_env_and_memory()
-        gc.collect()
         print(json.dumps(held()), flush=True)
 
 

@@ -7,6 +7,7 @@ Each program ends promptly, says what happened, and leaves nothing behind.
 
 import json
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -177,3 +178,48 @@ def test_a_program_that_is_killed(serve, fault, sign, method):
     at(program, sign)
     program.process.kill()
     program.leaves_nothing(PROMPT_S)
+
+
+# ---- vllm serve ------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener():
+    """A socket that listens on a port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken
+
+
+def vllm_serve(model_dir, folder, port: int) -> Program:
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command += [str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
+    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", "16777216"]
+    return Program(command, folder)
+
+
+def test_a_port_in_use(listener, model_dir_with_tokenizer, tmp_path_factory):
+    port = listener.getsockname()[1]
+    folder = tmp_path_factory.mktemp("program")
+    with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
+        assert program.ends_within(120) == 1
+        assert f"Cannot listen on 127.0.0.1:{port}" in the_last_error(program)
+        program.leaves_nothing()
+
+
+def test_ctrl_c_of_vllm_serve(listener, model_dir_with_tokenizer, tmp_path_factory):
+    port = listener.getsockname()[1]
+    listener.close()
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    folder = tmp_path_factory.mktemp("program")
+    with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
+        program.wait_until(answers)
+        program.interrupt(everyone=True)
+        assert program.ends_within(PROMPT_S) == 0
+        program.leaves_nothing()
+        assert not answers()
