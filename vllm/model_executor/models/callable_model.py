@@ -256,9 +256,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             _check_signature(architecture, factory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = (self.architecture, self.factory, self.capabilities)
+        state = (self.factory, self.capabilities)
         try:
-            return _unpickle, (cloudpickle.dumps(state),)
+            return _unpickle, (self.architecture, cloudpickle.dumps(state))
         except Exception as error:
             raise TypeError(
                 f"{self.architecture}: the registered {_name(self.factory)} cannot be "
@@ -376,8 +376,28 @@ def _travels(name: str, model: _BaseRegisteredModel) -> bool:
     return isinstance(model, _CallableRegisteredModel)
 
 
-def _unpickle(state: bytes) -> _CallableRegisteredModel:
-    return _CallableRegisteredModel(*cloudpickle.loads(state))
+def _unpickle(architecture: str, state: bytes) -> _CallableRegisteredModel:
+    try:
+        factory, capabilities = cloudpickle.loads(state)
+    except Exception as error:  # noqa: BLE001 - reported when the model is built
+        # A process that dies of it here, before its first line, could tell nobody.
+        return _CallableRegisteredModel(architecture, _Unpicklable(error), {})
+    return _CallableRegisteredModel(architecture, factory, capabilities)
+
+
+class _Unpicklable:
+    """Stands for a callable that this process cannot import; says so when called."""
+
+    def __init__(self, error: Exception) -> None:
+        self.cause = f"{type(error).__name__}: {error}"
+
+    def __call__(
+        self, vllm_config: VllmConfig, parallel_context: ParallelContext
+    ) -> nn.Module:
+        raise ImportError(
+            f"the registered callable cannot be unpickled in this process: {self.cause}"
+            ". What it refers to has to be importable by workers, as by PYTHONPATH."
+        )
 
 
 def _check_signature(architecture: str, factory: Any) -> bool:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 import weakref
 from collections.abc import Sequence
@@ -22,6 +24,16 @@ _early: weakref.WeakKeyDictionary[MessageQueue, Any] = weakref.WeakKeyDictionary
 def with_rank(error: Exception, rank: int) -> Exception:
     """`error` as it is told to the executor, which keeps the message only."""
     return RuntimeError(f"{type(error).__name__} on worker rank {rank}: {error}")
+
+
+def exit_unasked() -> None:
+    """End this worker, which failed where no answer is expected of it.
+
+    The executor notices that. A regular exit could wait for the other ranks, which wait
+    for this one.
+    """
+    logging.shutdown()
+    os._exit(1)
 
 
 def dequeue(
