@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, cast
@@ -35,8 +35,9 @@ STAGE = "STAGE"
 # A dying engine core sends its report before it exits; allow for its way here.
 DRAIN_MS = 200
 # One rank's failure soon shows on the others; allow for the cause to be among what is
-# known, and for ranks that wait for each other to reach their time limits.
+# known, and longer for ranks that wait for each other to reach their time limits.
 GATHER_S = 1.0
+GATHER_TIMEOUTS_S = 5.0
 # How long an ended process may take to be reaped.
 REAP_S = 5.0
 
@@ -85,7 +86,8 @@ def enter_stage(stage: str) -> None:
     """Report what a starting worker does from now on; nothing in other processes."""
     if _worker is not None and not _worker.ready_pipe.closed:
         _worker.stage = stage
-        _worker.ready_pipe.send({"status": STAGE, "stage": stage})
+        with suppress(BrokenPipeError):  # the executor is gone, and this worker soon
+            _worker.ready_pipe.send({"status": STAGE, "stage": stage})
 
 
 def worker_report(error: BaseException) -> dict[str, Any]:
@@ -158,20 +160,24 @@ def receive(
                 continue
             del waiting[pipe]
             if message["status"] == FAILED:
-                order = 2 if message.get("timed_out") else 1
+                order = TIMED_OUT if message.get("timed_out") else REPORTED
                 failures.append(_Failure(order, message["error"]))
             else:
                 yield pipe, message
         if failures and deadline is None:
-            deadline = time.monotonic() + GATHER_S
+            timed_out = failures[0].order == TIMED_OUT
+            deadline = time.monotonic() + (GATHER_TIMEOUTS_S if timed_out else GATHER_S)
     if failures:
-        _raise_first(failures)
+        still = [f"Worker rank {waiting[p].rank} was {stages[p]}." for p in waiting]
+        _raise_first(failures, still)
+
+
+# What a worker may have failed of: first what causes others, last what others cause.
+DIED, REPORTED, TIMED_OUT, ABORTED, STOPPED = range(5)
 
 
 @dataclass
 class _Failure:
-    """`order` is 0 for what causes others, 4 for what others cause."""
-
     order: int
     text: str
 
@@ -180,16 +186,18 @@ def _death(worker: UnreadyWorkerProcHandle, stage: str) -> _Failure:
     """A worker that closed its pipe without a report."""
     worker.proc.join(REAP_S)
     code = worker.proc.exitcode
-    order = {0: 4, -signal.SIGABRT: 3}.get(0 if code is None else code, 0)
+    order = {None: STOPPED, 0: STOPPED, -signal.SIGABRT: ABORTED}.get(code, DIED)
     return _Failure(order, f"Worker rank {worker.rank} {_how_it_ended(code, stage)}")
 
 
-def _raise_first(failures: list[_Failure]) -> None:
+def _raise_first(failures: list[_Failure], still: list[str]) -> None:
+    """Raise the cause; of a time limit, with where all ranks are."""
     first = min(failures, key=lambda failure: failure.order)
-    if first.order == 4:  # signals for all of us: no error
+    if first.order == STOPPED:  # all of us were told to stop, as by Ctrl-C
         sys.exit(first.text)
-    if first.order == 2:  # ranks that wait for each other
-        raise StartupError("\n".join(f.text for f in failures if f.order == 2))
+    if first.order == TIMED_OUT:
+        texts = [failure.text for failure in failures if failure.order == TIMED_OUT]
+        raise StartupError("\n".join(texts + still))
     raise StartupError(first.text)
 
 
