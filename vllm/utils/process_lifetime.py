@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import get_temp_dir
 
@@ -27,6 +28,9 @@ def socket_directory() -> str:
     `VLLM_RPC_BASE_PATH` if it is set, else the directory that multiprocessing shares
     between a process and its children and removes with the former.
     """
+    # It removes the shared memory of the dead. Forked children would start their own,
+    # which is killed with them.
+    resource_tracker.ensure_running()
     return os.environ.get("VLLM_RPC_BASE_PATH") or get_temp_dir()
 
 
