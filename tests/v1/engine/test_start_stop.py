@@ -27,7 +27,7 @@ def test_rounds_leak_nothing(model_dir, tmp_path_factory, ranks, rounds):
     script = str(Path(__file__).with_name("rounds.py"))
     command = [sys.executable, script, str(model_dir), str(rounds), str(ranks)]
     with Program(command, tmp_path_factory.mktemp("program")) as program:
-        assert program.ends_within(60 + 30 * ranks * rounds) == 0, program.output()
+        assert program.ends_within(120 * ranks * rounds) == 0, program.output()
         program.leaves_nothing()
     lines = program.output().splitlines()
     held = [json.loads(line) for line in lines if line.startswith("{")]
