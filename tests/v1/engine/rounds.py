@@ -44,7 +44,10 @@ def one_round(model_dir: str) -> list[int]:
 def held() -> dict[str, int]:
     process = psutil.Process()
     return {
-        "processes": len(process.children(recursive=True)),
+        "processes": sum(
+            child.status() != psutil.STATUS_ZOMBIE
+            for child in process.children(recursive=True)
+        ),
         "threads": process.num_threads(),
         "files": process.num_fds(),
         "mapped segments": sum(
