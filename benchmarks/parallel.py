@@ -137,9 +137,8 @@ def main() -> None:
                     command, capture_output=True, text=True, env=environment
                 )
                 if child.returncode:
-                    print(
-                        f"{engine}, {layout}:\n{child.stdout[-4000:]}{child.stderr[-2000:]}"
-                    )
+                    log = child.stdout[-4000:] + child.stderr[-2000:]
+                    print(f"{engine}, {layout}:\n{log}")
                     continue
                 row = {"engine": engine, "layout": layout}
                 row |= last_json(child.stdout)

@@ -3,7 +3,9 @@
 import copy
 import functools
 import gc
+import importlib
 import pickle
+import sys
 import threading
 import weakref
 
@@ -178,6 +180,19 @@ class TestTransport:
             pickle.dumps(model)
         assert "settings.['guard'] (a lock)" in str(error.value)
         assert 'register the callable as "module:name"' in str(error.value)
+
+    def test_what_cannot_be_imported_there_is_said_when_the_model_is_built(
+        self, monkeypatch, tmp_path
+    ):
+        (tmp_path / "only_here.py").write_text("def build(c, p): ...")
+        monkeypatch.syspath_prepend(tmp_path)
+        factory = importlib.import_module("only_here").build
+        pickled = pickle.dumps(_CallableRegisteredModel("M", factory, {}))
+        monkeypatch.undo()
+        monkeypatch.delitem(sys.modules, "only_here")
+        copied = pickle.loads(pickle.dumps(pickle.loads(pickled)))
+        with pytest.raises(ImportError, match="No module named 'only_here'. What it"):
+            copied.factory(None, None)
 
     def test_what_travels_with_the_config(self):
         class Config:

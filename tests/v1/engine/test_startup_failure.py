@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+import faulthandler
+import multiprocessing
+import os
+import signal
+import time
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 import zmq
@@ -62,3 +69,104 @@ def test_a_plain_message_is_left_to_the_handshake(sockets):
 
 def test_an_engine_core_that_said_nothing(sockets):
     startup_failure.raise_pending([("sentinel", zmq.POLLIN)], sockets[1])
+
+
+# ---- Workers that die, and the executor that waits for them ----------------------
+
+context = multiprocessing.get_context("fork")
+
+
+def start_workers(*actions):
+    """One process for each action, which gets the process's ready pipe."""
+    pipes = {}
+    for rank, action in enumerate(actions):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=action, args=(writer,))
+        process.start()
+        writer.close()
+        pipes[reader] = SimpleNamespace(rank=rank, proc=process)
+    return pipes
+
+
+def reports(error):
+    def action(pipe):
+        startup_failure.begin_worker(0, pipe)
+        pipe.send(startup_failure.worker_report(error))
+
+    return action
+
+
+def ends(code):
+    """With the exit code, or the signal -code."""
+
+    def action(pipe):
+        startup_failure.begin_worker(0, pipe)
+        startup_failure.enter_stage("building the model")
+        faulthandler.disable()
+        os.kill(os.getpid(), -code) if code < 0 else os._exit(code)
+
+    return action
+
+
+def is_ready(pipe):
+    pipe.send({"status": "READY"})
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (
+            [reports(KeyError("k")), is_ready],
+            "KeyError: 'k'\n.on worker rank 0, while s",
+        ),
+        ([ends(3)], "Worker rank 0 exited with code 3 while building the model."),
+        (
+            [reports(ConnectionError("lost rank 1")), ends(-signal.SIGKILL)],
+            "Worker rank 1 was killed by SIGKILL while building the model. The kernel",
+        ),
+        (
+            [ends(-signal.SIGABRT), reports(KeyError("k"))],
+            "KeyError: 'k'",
+        ),
+    ],
+)
+def test_the_executor_raises_the_cause(actions, message):
+    with pytest.raises(startup_failure.StartupError, match=message):
+        list(startup_failure.receive(start_workers(*actions)))
+
+
+def test_ready_messages_come_with_their_pipes():
+    pipes = start_workers(is_ready, is_ready)
+    assert dict(startup_failure.receive(pipes)).keys() == pipes.keys()
+
+
+def test_workers_that_were_asked_to_stop_are_no_error():
+    with pytest.raises(SystemExit, match="asked to stop while building the model"):
+        list(startup_failure.receive(start_workers(ends(0), ends(0))))
+
+
+def test_an_engine_core_that_died():
+    text = startup_failure.describe_exits({"EngineCore": -signal.SIGSEGV})
+    assert text.startswith(
+        "The process EngineCore was killed by SIGSEGV while starting"
+    )
+
+
+def test_a_task_is_stopped_where_it_hangs(monkeypatch):
+    monkeypatch.setenv("VLLM_MODEL_FACTORY_TIMEOUT_S", "0.1")
+    with (
+        pytest.raises(TimeoutError, match="the task took longer than 0.1 s") as error,
+        startup_failure.time_limit("the task"),
+    ):
+        time.sleep(60)
+    lines = str(error.value).splitlines()
+    assert __file__ in lines[1]
+    assert "time.sleep(60)" in lines[2]
+
+
+@pytest.mark.parametrize("limit", ["0", "60"])
+def test_a_task_within_its_limit(monkeypatch, limit):
+    monkeypatch.setenv("VLLM_MODEL_FACTORY_TIMEOUT_S", limit)
+    with startup_failure.time_limit("the task"):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

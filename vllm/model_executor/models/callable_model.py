@@ -16,10 +16,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import cloudpickle
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from vllm.compilation.registered_model import (
@@ -47,6 +49,7 @@ from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel, auto_map_model
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.engine.startup_failure import enter_stage, time_limit
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -236,6 +239,7 @@ class CallableModelWrapper(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Load with the module's own `load_weights`, or by name if it has none."""
+        enter_stage("loading the weights")
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(weights)
         return load_full_checkpoint(
@@ -276,6 +280,7 @@ class CallableModelWrapper(nn.Module):
             received = IntermediateTensors(
                 {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
             )
+        enter_stage("trying the model on a few tokens")
         with (
             set_current_vllm_config(self._vllm_config),
             set_forward_context(None, self._vllm_config, num_tokens=tokens),
@@ -312,9 +317,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             _check_signature(architecture, factory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = (self.architecture, self.factory, self.capabilities)
+        state = (self.factory, self.capabilities)
         try:
-            return _unpickle, (cloudpickle.dumps(state),)
+            return _unpickle, (self.architecture, cloudpickle.dumps(state))
         except Exception as error:
             raise TypeError(
                 f"{self.architecture}: the registered {_name(self.factory)} cannot be "
@@ -376,8 +381,13 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             factory = resolve_obj_by_qualname(factory.replace(":", "."))
         takes_prefix = _check_signature(self.architecture, factory)
         keywords = {"prefix": prefix} if takes_prefix else {}
+        task = f"the registered {_name(self.factory)} of {self.architecture}"
+        enter_stage(f"building the model by {task}")
         try:
-            module = factory(vllm_config, context, **keywords)
+            with time_limit(task):
+                module = factory(vllm_config, context, **keywords)
+                if isinstance(module, nn.Module):
+                    _check_same_on_all_ranks(self.architecture, module, context)
         except Exception as error:
             error.add_note(
                 f"raised by the registered {_name(self.factory)} of "
@@ -449,8 +459,28 @@ def _travels(name: str, model: _BaseRegisteredModel) -> bool:
     return isinstance(model, _CallableRegisteredModel)
 
 
-def _unpickle(state: bytes) -> _CallableRegisteredModel:
-    return _CallableRegisteredModel(*cloudpickle.loads(state))
+def _unpickle(architecture: str, state: bytes) -> _CallableRegisteredModel:
+    try:
+        factory, capabilities = cloudpickle.loads(state)
+    except Exception as error:  # noqa: BLE001 - reported when the model is built
+        # A process that dies of it here, before its first line, could tell nobody.
+        return _CallableRegisteredModel(architecture, _Unpicklable(error), {})
+    return _CallableRegisteredModel(architecture, factory, capabilities)
+
+
+class _Unpicklable:
+    """Stands for a callable that this process cannot import; says so when called."""
+
+    def __init__(self, error: Exception) -> None:
+        self.cause = f"{type(error).__name__}: {error}"
+
+    def __call__(
+        self, vllm_config: VllmConfig, parallel_context: ParallelContext
+    ) -> nn.Module:
+        raise ImportError(
+            f"the registered callable cannot be unpickled in this process: {self.cause}"
+            ". What it refers to has to be importable by workers, as by PYTHONPATH."
+        )
 
 
 def _check_signature(architecture: str, factory: Any) -> bool:
@@ -507,6 +537,59 @@ def _check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> N
                 f"{architecture}: {name!r} is not a capability that vLLM asks for; "
                 f"did you mean {', '.join(near)}?"
             )
+
+
+def _check_same_on_all_ranks(
+    architecture: str, module: nn.Module, context: ParallelContext
+) -> None:
+    """Compare the module's class and tensors with those of the tensor-parallel group.
+
+    Shapes are left out, as shards may be uneven, and with expert parallelism names are,
+    as each rank has its own experts.
+
+    Raises:
+        ValueError: rank 0 has another; the same on every rank.
+
+    """
+    group = context.get_tp_process_group()
+    if group is None or context.tensor_parallel_size == 1:
+        return
+    lines = [f"the class {type(module).__module__}.{type(module).__qualname__}"]
+    if context.expert_parallel_size == 1:
+        lines += [
+            f"{name}, {tensor.dim()} axes of {tensor.dtype}"
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor)
+        ]
+    texts = _all_gather_text("\n".join(lines), group)
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            pairs = zip_longest(texts[0].split("\n"), text.split("\n"))
+            first, other = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(
+                f"{architecture}: tensor-parallel ranks built different models. First "
+                f"difference: rank 0 has {first or 'no more tensors'}; rank {rank} has "
+                f"{other or 'no more tensors'}. Build the same module on every rank, "
+                "each with its shards."
+            )
+
+
+def _all_gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
+    """Every rank's text, by rank. Not pickled: peers are not to be trusted so far."""
+    device = torch.get_default_device()
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([len(encoded)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    longest = max(map(int, lengths))
+    padded = encoded.new_zeros(longest)
+    padded[: len(encoded)] = encoded
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded, group=group)
+    return [
+        bytes(chunk[: int(size)].tolist()).decode()
+        for chunk, size in zip(gathered, lengths, strict=True)
+    ]
 
 
 def _annotated_class(factory: ModelFactory) -> type[nn.Module] | None:

@@ -2,23 +2,47 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Why an engine did not start, told to the process that started it.
 
-A worker reports to its executor over its ready pipe; an engine core reports to its
-front-end over the handshake socket, in the place of its READY message.
+A worker reports to its executor over its ready pipe: what it does, and what went wrong.
+An engine core reports to its front-end over the handshake socket, in the place of its
+READY message. A process that dies without a word is reported by whoever waits for it.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import zmq
 
+    from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle
+
 FAILED = "FAILED"
+STAGE = "STAGE"
 # A dying engine core sends its report before it exits; allow for its way here.
 DRAIN_MS = 200
+# One rank's failure soon shows on the others; allow for the cause to be among what is
+# known, and longer for ranks that wait for each other to reach their time limits.
+GATHER_S = 1.0
+GATHER_TIMEOUTS_S = 5.0
+# How long an ended process may take to be reaped.
+REAP_S = 5.0
+
+FACTORY_TIMEOUT = "VLLM_MODEL_FACTORY_TIMEOUT_S"
+DEFAULT_FACTORY_TIMEOUT_S = 1800.0
 
 
 class StartupError(RuntimeError):
@@ -32,6 +56,18 @@ class StartupError(RuntimeError):
         self.cause = cause
 
 
+@dataclass
+class _Worker:
+    """This process, if it is a worker that is starting."""
+
+    rank: int
+    ready_pipe: Connection
+    stage: str = "starting"
+
+
+_worker: _Worker | None = None
+
+
 def describe(error: BaseException) -> str:
     """The root cause's type, message and notes, without its traceback."""
     if isinstance(error, StartupError):
@@ -39,15 +75,33 @@ def describe(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
 
+def begin_worker(rank: int, ready_pipe: Connection) -> None:
+    """Say that this process is the worker `rank`, which reports to `ready_pipe`."""
+    global _worker
+    _worker = _Worker(rank, ready_pipe)
+    enter_stage("setting up its device and process groups")
+
+
+def enter_stage(stage: str) -> None:
+    """Report what a starting worker does from now on; nothing in other processes."""
+    if _worker is not None and not _worker.ready_pipe.closed:
+        _worker.stage = stage
+        with suppress(BrokenPipeError):  # the executor is gone, and this worker soon
+            _worker.ready_pipe.send({"status": STAGE, "stage": stage})
+
+
 def worker_report(error: BaseException) -> dict[str, Any]:
     """What a worker sends in the place of its READY message."""
-    return {"status": FAILED, "error": describe(error)}
+    cause = describe(error)
+    if _worker is not None:
+        cause += f"\n(on worker rank {_worker.rank}, while {_worker.stage})"
+    return {"status": FAILED, "error": cause}
 
 
 def engine_report(error: BaseException, local: bool, headless: bool) -> bytes:
     """What an engine core sends in the place of its READY message."""
-    report = worker_report(error) | {"local": local, "headless": headless}
-    return msgspec.msgpack.encode(report)
+    report = {"status": FAILED, "error": describe(error)}
+    return msgspec.msgpack.encode(report | {"local": local, "headless": headless})
 
 
 def raise_reported(message: dict[str, Any]) -> None:
@@ -65,3 +119,141 @@ def raise_pending(events: list[tuple[Any, int]], handshake_socket: zmq.Socket) -
         return
     while handshake_socket.poll(DRAIN_MS):
         raise_reported(msgspec.msgpack.decode(handshake_socket.recv_multipart()[-1]))
+
+
+def describe_exits(exit_codes: Mapping[str, int]) -> str:
+    """How processes, by name, ended that exited without a report."""
+    return " ".join(
+        f"The process {name} {_how_it_ended(code, 'starting')} Its log is above."
+        for name, code in exit_codes.items()
+    )
+
+
+def receive(
+    pipes: Mapping[Connection, UnreadyWorkerProcHandle],
+) -> Iterator[tuple[Connection, dict[str, Any]]]:
+    """The READY messages of starting workers, each with the pipe it came from.
+
+    Raises:
+        StartupError: a worker failed or died. What others report within a second is
+            weighed: a death is the cause of errors elsewhere, unless it is an abort.
+        SystemExit: a worker was asked to stop, as by Ctrl-C.
+
+    """
+    waiting = dict(pipes)
+    stages = dict.fromkeys(waiting, "starting")
+    failures: list[_Failure] = []
+    deadline: float | None = None
+    while waiting:
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        pending = wait(list(waiting), patience)
+        if not pending:
+            break
+        for pipe in cast(list[Connection], pending):
+            try:
+                message = pipe.recv()
+            except (EOFError, ConnectionError):
+                failures.append(_death(waiting.pop(pipe), stages[pipe]))
+                continue
+            if message["status"] == STAGE:
+                stages[pipe] = message["stage"]
+                continue
+            del waiting[pipe]
+            if message["status"] == FAILED:
+                order = TIMED_OUT if message.get("timed_out") else REPORTED
+                failures.append(_Failure(order, message["error"]))
+            else:
+                yield pipe, message
+        if failures and deadline is None:
+            timed_out = failures[0].order == TIMED_OUT
+            deadline = time.monotonic() + (GATHER_TIMEOUTS_S if timed_out else GATHER_S)
+    if failures:
+        still = [f"Worker rank {waiting[p].rank} was {stages[p]}." for p in waiting]
+        _raise_first(failures, still)
+
+
+# What a worker may have failed of: first what causes others, last what others cause.
+DIED, REPORTED, TIMED_OUT, ABORTED, STOPPED = range(5)
+
+
+@dataclass
+class _Failure:
+    order: int
+    text: str
+
+
+def _death(worker: UnreadyWorkerProcHandle, stage: str) -> _Failure:
+    """A worker that closed its pipe without a report."""
+    worker.proc.join(REAP_S)
+    code = worker.proc.exitcode
+    order = {None: STOPPED, 0: STOPPED, -signal.SIGABRT: ABORTED}.get(code, DIED)
+    return _Failure(order, f"Worker rank {worker.rank} {_how_it_ended(code, stage)}")
+
+
+def _raise_first(failures: list[_Failure], still: list[str]) -> None:
+    """Raise the cause; of a time limit, with where all ranks are."""
+    first = min(failures, key=lambda failure: failure.order)
+    if first.order == STOPPED:  # all of us were told to stop, as by Ctrl-C
+        sys.exit(first.text)
+    if first.order == TIMED_OUT:
+        texts = [failure.text for failure in failures if failure.order == TIMED_OUT]
+        raise StartupError("\n".join(texts + still))
+    raise StartupError(first.text)
+
+
+def _how_it_ended(exit_code: int | None, stage: str) -> str:
+    if not exit_code:
+        return f"was asked to stop while {stage}."
+    if exit_code > 0:
+        return f"exited with code {exit_code} while {stage}."
+    name = signal.Signals(-exit_code).name
+    hint = ""
+    if -exit_code == signal.SIGKILL:
+        hint = " The kernel does so when memory runs out: see `dmesg`."
+    return f"was killed by {name} while {stage}.{hint}"
+
+
+@contextmanager
+def time_limit(task: str) -> Iterator[None]:
+    """Fail if the block takes longer than `VLLM_MODEL_FACTORY_TIMEOUT_S`; 0 for ever.
+
+    A worker then reports where it hangs, and exits. Elsewhere `TimeoutError` is raised
+    at that place, which only the main thread can be made to do: others have no limit.
+    """
+    limit = float(os.environ.get(FACTORY_TIMEOUT, DEFAULT_FACTORY_TIMEOUT_S))
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    outside = len(traceback.extract_stack()) - 3  # this, contextlib, and the caller
+
+    def message(frame: FrameType | None) -> str:
+        inside = traceback.format_list(traceback.extract_stack(frame)[outside:])
+        return (
+            f"{task} took longer than {limit:g} s ({FACTORY_TIMEOUT}) and was stopped "
+            f"here:\n{''.join(inside).rstrip()}"
+        )
+
+    def stop_worker(worker: _Worker, thread: int) -> None:
+        report = worker_report(TimeoutError(message(sys._current_frames()[thread])))
+        worker.ready_pipe.send(report | {"timed_out": True})
+        os._exit(1)
+
+    def stop_task(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(message(frame))
+
+    if limit and _worker is not None:
+        timer = threading.Timer(limit, stop_worker, (_worker, threading.get_ident()))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+    elif limit and in_main_thread:
+        previous = signal.signal(signal.SIGALRM, stop_task)
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+    else:
+        yield

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Ranks that die, hang, differ or run out of memory, and users that press Ctrl-C.
+
+Each program ends promptly, says what happened, and leaves nothing behind.
+"""
+
+import json
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from programs import Program
+from ranks import run_ranks
+from tiny_model import TinyModel
+from torch import nn
+
+from vllm.model_executor.models.callable_model import _check_same_on_all_ranks
+
+pytestmark = pytest.mark.engine
+
+FAULTY_MODEL = str(Path(__file__).with_name("faulty_model.py"))
+TWO_RANKS = {"tensor_parallel_size": 2}
+# What an end may take: a second in which failures are gathered, and what vLLM gives a
+# worker that is stuck (5 s), on a machine that is busy with other tests.
+PROMPT_S = 20
+
+
+@pytest.fixture
+def serve(model_dir, tmp_path_factory):
+    """Starts `faulty_model.py`; forks by default, which is quick."""
+    programs = []
+
+    def start(fault: str, options: dict | None = None, **env: str) -> Program:
+        folder = tmp_path_factory.mktemp("program")
+        (folder / "signs").mkdir()
+        command = [sys.executable, FAULTY_MODEL, str(model_dir), f"{folder}/signs"]
+        command += [fault, json.dumps(TWO_RANKS if options is None else options)]
+        env = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} | env
+        programs.append(program := Program(command, folder, **env))
+        return program
+
+    yield start
+    for program in programs:
+        program.__exit__(None, None, None)
+
+
+def at(program: Program, sign: str) -> None:
+    program.wait_until((program.log.parent / "signs" / sign).exists)
+
+
+def the_last_error(program: Program) -> str:
+    return program.output().rpartition("Traceback (most recent call last)")[2]
+
+
+# ---- A rank that fails -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "messages"),
+    [
+        (
+            "kill while building",
+            ["Worker rank 1 was killed by SIGKILL while building the model by the "],
+        ),
+        (
+            "no memory while building",
+            ["can't allocate memory", "on worker rank 1, while building the model"],
+        ),
+    ],
+)
+def test_a_rank_that_fails_while_it_builds(serve, fault, messages):
+    program = serve(fault)
+    assert program.ends_within(240) == 1
+    for message in messages:
+        assert message in the_last_error(program)
+    program.leaves_nothing()
+
+
+def test_a_rank_that_hangs_while_it_builds(serve):
+    program = serve("hang while building", VLLM_MODEL_FACTORY_TIMEOUT_S="3")
+    at(program, "building")
+    assert program.ends_within(PROMPT_S) == 1
+    error = the_last_error(program)
+    assert "took longer than 3 s (VLLM_MODEL_FACTORY_TIMEOUT_S)" in error
+    rank_0, rank_1 = error.split("(on worker rank 0")[0], error.split("rank 0")[-1]
+    assert "in wait_for_all_ranks" in rank_0
+    assert "in wait_here" in rank_1
+    assert "on worker rank 1, while building the model" in rank_1
+    program.leaves_nothing()
+
+
+def test_a_single_rank_that_hangs(serve):
+    """It is in the engine core itself."""
+    program = serve("hang alone", {}, VLLM_MODEL_FACTORY_TIMEOUT_S="3")
+    assert program.ends_within(240) == 1
+    error = the_last_error(program)
+    assert "took longer than 3 s (VLLM_MODEL_FACTORY_TIMEOUT_S)" in error
+    assert "in wait_here" in error
+    program.leaves_nothing()
+
+
+@pytest.mark.parametrize(
+    "fault", ["kill while generating", "no memory while generating"]
+)
+def test_a_rank_that_fails_while_it_generates(serve, fault):
+    program = serve(fault)
+    assert program.ends_within(240) == 1
+    assert "EngineDeadError" in the_last_error(program)
+    assert "Worker proc VllmWorker-1 died unexpectedly" in program.output()
+    program.leaves_nothing()
+
+
+class Other(TinyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(3, 3)
+
+
+def another_model_on_rank_1(context):
+    model = Other() if context.tensor_parallel_rank == 1 else TinyModel()
+    message = (
+        "First difference: rank 0 has the class tiny_model.TinyModel; rank 1 has the "
+        f"class {Other.__module__}.Other."
+    )
+    with pytest.raises(ValueError, match=message):
+        _check_same_on_all_ranks("TinyModel", model, context)
+
+
+def another_tensor_on_rank_1(context):
+    model = TinyModel()
+    _check_same_on_all_ranks("TinyModel", model, context)
+    if context.tensor_parallel_rank == 1:
+        model.register_parameter("extra", nn.Parameter(model.lm_head.weight[0]))
+    with pytest.raises(ValueError, match="rank 1 has extra, 1 axes of torch.float32"):
+        _check_same_on_all_ranks("TinyModel", model, context)
+
+
+@pytest.mark.parametrize("check", [another_model_on_rank_1, another_tensor_on_rank_1])
+def test_a_rank_that_builds_another_model(check, tmp_path):
+    run_ranks(check, tmp_path, tensor_parallel_size=2)
+
+
+# ---- A user who stops it ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "sign", "everyone", "method"),
+    [
+        ("hang while building", "building", True, "spawn"),
+        ("hang while building", "building", False, "fork"),
+        ("hang while trying", "trying", True, "fork"),
+        ("hang while generating", "generating", True, "fork"),
+        ("none", "idle", True, "fork"),
+    ],
+)
+def test_ctrl_c(serve, fault, sign, everyone, method):
+    program = serve(fault, VLLM_WORKER_MULTIPROC_METHOD=method)
+    at(program, sign)
+    program.interrupt(everyone)
+    assert program.ends_within(PROMPT_S) in (1, -signal.SIGINT, 128 + signal.SIGINT)
+    assert "KeyboardInterrupt" in program.output()
+    program.leaves_nothing()
+
+
+@pytest.mark.parametrize(
+    ("fault", "sign", "method"),
+    [
+        ("hang while building", "building", "spawn"),
+        ("hang while generating", "generating", "fork"),
+        ("none", "idle", "fork"),
+    ],
+)
+def test_a_program_that_is_killed(serve, fault, sign, method):
+    program = serve(fault, VLLM_WORKER_MULTIPROC_METHOD=method)
+    at(program, sign)
+    program.process.kill()
+    program.leaves_nothing(PROMPT_S)
+
+
+# ---- vllm serve ------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener():
+    """A socket that listens on a port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken
+
+
+def vllm_serve(model_dir, folder, port: int) -> Program:
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command += [str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
+    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", "16777216"]
+    return Program(command, folder)
+
+
+def test_a_port_in_use(listener, model_dir_with_tokenizer, tmp_path_factory):
+    port = listener.getsockname()[1]
+    folder = tmp_path_factory.mktemp("program")
+    with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
+        assert program.ends_within(120) == 1
+        assert f"Cannot listen on 127.0.0.1:{port}" in the_last_error(program)
+        program.leaves_nothing()
+
+
+def test_ctrl_c_of_vllm_serve(listener, model_dir_with_tokenizer, tmp_path_factory):
+    port = listener.getsockname()[1]
+    listener.close()
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    folder = tmp_path_factory.mktemp("program")
+    with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
+        program.wait_until(answers)
+        program.interrupt(everyone=True)
+        assert program.ends_within(PROMPT_S) == 0
+        program.leaves_nothing()
+        assert not answers()

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Engines that start and stop again and again leak nothing.
+
+`START_STOP_ROUNDS=50` runs as many rounds as that, in the place of a few.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from programs import Program
+
+pytestmark = pytest.mark.engine
+
+ROUNDS = int(os.environ.get("START_STOP_ROUNDS", "6"))
+# Of growth by round, after the first two; the allocator keeps some of what it gets.
+MEBIBYTES_A_ROUND = 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rounds"), [(1, ROUNDS), (2, 2 if ROUNDS < 50 else 5)]
+)
+def test_rounds_leak_nothing(model_dir, tmp_path_factory, ranks, rounds):
+    script = str(Path(__file__).with_name("rounds.py"))
+    command = [sys.executable, script, str(model_dir), str(rounds), str(ranks)]
+    with Program(command, tmp_path_factory.mktemp("program")) as program:
+        assert program.ends_within(120 * ranks * rounds) == 0, program.output()
+        program.leaves_nothing()
+    lines = program.output().splitlines()
+    held = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(held) == rounds
+    memory = [after_round.pop("resident MiB") for after_round in held]
+    if ranks > 1:  # sockets of workers that were killed wait for the program's end
+        for after_round in held:
+            del after_round["temporary files"]
+    assert all(after_round == held[0] for after_round in held), held
+    # Multiprocessing's resource tracker lives as long as the program.
+    assert held[0]["processes"] == 1
+    if rounds > 2:
+        assert memory[-1] - memory[1] <= MEBIBYTES_A_ROUND * (rounds - 2), memory
