@@ -429,7 +429,12 @@ def test_trained_weights_serve_as_they_lie(trained, start, model_dir):
     assert len(list(model_dir.glob("model-rank-*-part-0.safetensors"))) == 2
 
     ModelRegistry.register_model("ParallelTransformer", build)
-    llm = start(processes=True, tensor_parallel_size=2, load_format="sharded_state")
+    llm = start(
+        processes=True,
+        tensor_parallel_size=2,
+        load_format="sharded_state",
+        max_model_len=CONFIG["max_position_embeddings"],
+    )
     prompts = [batch()[i, : 4 + i].tolist() for i in range(4)]
     params = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
     outputs = llm.generate(
