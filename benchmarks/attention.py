@@ -3,6 +3,7 @@
 """Training attention: speed, error and memory, beside every peer that imports.
 
     python benchmarks/attention.py --json results.json
+    python benchmarks/attention.py --json results.json --plot speed.svg
 
 All of it runs in one process, in turns. Figures are medians; TFLOP/s count causal
 attention as half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA
@@ -350,6 +351,37 @@ def speed_table(shape: Shape, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """TFLOP/s of the engines on every shape, forward and backward."""
+    import matplotlib.pyplot as plt
+
+    names = ("ours", "FA4", "SDPA cuDNN", "SDPA flash")
+    shapes = {shape.name: shape for shape in [*SHAPES, rl_batch()]}
+    figure, panels = plt.subplots(
+        2, 1, figsize=(8, 5), sharex=True, layout="constrained"
+    )
+    for axes, direction, factor in zip(
+        panels, ("forward", "backward"), (1.0, 2.5), strict=True
+    ):
+        for index, name in enumerate(names):
+            heights = []
+            for shape in shapes.values():
+                ms = next(
+                    row["ms"][direction]
+                    for row in rows
+                    if (row["shape"], row["engine"]) == (shape.name, name)
+                )
+                heights.append(factor * shape.forward_flop / ms / 1e9)
+            places = [place + 0.2 * index for place in range(len(shapes))]
+            axes.bar(places, heights, 0.2, label=name)
+        axes.set_ylabel(f"{direction}, TFLOP/s")
+    places = [place + 0.3 for place in range(len(shapes))]
+    panels[1].set_xticks(places, [name.replace(", ", "\n", 1) for name in shapes])
+    panels[0].legend(ncols=len(names), loc="upper center")
+    panels[0].set_ylim(0, 850)
+    figure.savefig(path)
+
+
 def reference(batch: Batch) -> tuple[torch.Tensor, ...]:
     """Output and gradients by the definition, in float64."""
     q, k, v = (x.detach().double().requires_grad_() for x in batch.qkv)
@@ -442,9 +474,13 @@ def version(name: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--plot", type=Path, help="draw the picture of --json's there")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--without", nargs="+", choices=PEERS, default=[])
     args = parser.parse_args()
+    if args.plot:
+        plot(json.loads(args.json.read_text())["speed"], args.plot)
+        return
     for name in args.without:
         del PEERS[name]
     console = Console(width=140)
