@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from vllm.config import ParallelConfig
+from vllm.config import CompilationMode, ParallelConfig
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.trainable_attention import _layer_index
 from vllm.model_executor.models.callable_model import _CallableRegisteredModel
@@ -32,11 +33,14 @@ def on_stage(monkeypatch):
             get_hidden_size=lambda: HIDDEN,
             get_total_num_hidden_layers=lambda: num_layers,
             dtype=torch.float32,
+            hf_config=PretrainedConfig(),
         )
         config = SimpleNamespace(
+            additional_config={},
             parallel_config=ParallelConfig(pipeline_parallel_size=2),
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
+            compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
         )
         registered = _CallableRegisteredModel(
             "Staged", lambda vllm_config, context: module, {"supports_pp": True}

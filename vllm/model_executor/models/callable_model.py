@@ -48,6 +48,7 @@ from vllm.model_executor.models.registry import (
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel, auto_map_model
+from vllm.utils.func_utils import _supports_kw
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.engine.startup_failure import enter_stage, time_limit
 
@@ -447,7 +448,8 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
 
 def _forget_resolved_classes() -> None:
     """Empty vLLM's caches of them, which keep what was registered before alive."""
-    for cache in (_try_load_model_cls, _try_inspect_model_cls):
+    # The last by the __init__ of a class that is decorated to be compiled.
+    for cache in (_try_load_model_cls, _try_inspect_model_cls, _supports_kw):
         cache.cache_clear()
     _MODEL_ARCH_BY_HASH.clear()
 
