@@ -10,9 +10,11 @@ import pytest
 import torch
 from tiny_model import TinyModel, greedy, trained_model
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.compilation.registered_model import add_to_compile_hash
+from vllm.model_executor.parallel_context import ParallelContext
 
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
 
@@ -121,6 +123,21 @@ def test_what_cannot_be_traced_runs_eagerly(start, monkeypatch, caplog) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     llm = start(enforce_eager=False)
     assert "TinyModel runs without torch.compile" in caplog.text
+    reference = trained_model()
+    assert tokens(llm) == [greedy(reference, prompt, 8) for prompt in PROMPTS]
+
+
+def with_dtensors(parallel_context: ParallelContext) -> nn.Module:
+    module = TinyModel()
+    mesh = parallel_context.device_mesh()["tp"]
+    return parallelize_module(module, mesh, {"layers.*.projection": ColwiseParallel()})
+
+
+@pytest.mark.engine
+def test_dtensors_are_not_compiled(start) -> None:
+    ModelRegistry.register_model("TinyModel", lambda c, p: with_dtensors(p))
+    llm = start(enforce_eager=False)
+    assert wrapper_of(llm).do_not_compile
     reference = trained_model()
     assert tokens(llm) == [greedy(reference, prompt, 8) for prompt in PROMPTS]
 

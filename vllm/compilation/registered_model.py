@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import vllm.envs as envs
 from vllm.compilation.decorators import support_torch_compile
@@ -40,6 +41,8 @@ TOKEN_AXES: dict[str, int | list[int] | dict[int, str]] = {
 def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     """Have instances of `model_cls` compiled by vLLM, or run eagerly with a warning.
 
+    Modules with DTensors always run eagerly.
+
     vLLM's own switches apply (`enforce_eager`, `compilation_config.mode`). With
     `VLLM_BATCH_INVARIANT` nothing is compiled: fused operations round differently
     from those of the trainer, which runs eagerly.
@@ -47,7 +50,15 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     decorated = support_torch_compile(
         dynamic_arg_dims=TOKEN_AXES, enable_if=_rounding_may_differ
     )(model_cls)
-    call = decorated.__call__
+    init, call = decorated.__init__, decorated.__call__
+
+    @functools.wraps(init)
+    def init_and_choose(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if any(map(is_traceable_wrapper_subclass, self.module.parameters())):
+            # Traced, a DTensor keeps the number of tokens of its first call, and
+            # without guards nothing would notice.
+            self.do_not_compile = True
 
     def call_or_fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -65,6 +76,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
             )
             return self.forward(*args, **kwargs)
 
+    decorated.__init__ = init_and_choose
     decorated.__call__ = call_or_fall_back
     return decorated
 
