@@ -107,7 +107,7 @@ def test_every_way_to_parallelize(tmp_path):
     result = run(PARALLELISM, "--layouts", "2x2", "--output-dir", str(tmp_path))
     assert result.returncode == 0, result.stdout
     rows = [line for line in result.stdout.splitlines() if "100% of 36" in line]
-    assert len(rows) == 2 and all("ok" in row for row in rows), result.stdout
+    assert len(rows) == 3 and all("ok" in row for row in rows), result.stdout
 
 
 @pytest.mark.engine

@@ -57,7 +57,7 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
 @torch.no_grad()
 def test_trained_linked_and_served(tmp_path):
     directory = tmp_path / "model"
-    train = [sys.executable, EXAMPLE / "train.py", "--train-seconds", "5"]
+    train = [sys.executable, EXAMPLE / "train.py", "--train-seconds", "15"]
     run(*train, "--output-dir", directory, "--save-steps", "1")
     steps = [p.name for p in (directory / "checkpoints").iterdir()]
     last = max(steps, key=lambda name: int(name.removeprefix("checkpoint-")))
@@ -80,7 +80,7 @@ def test_trained_linked_and_served(tmp_path):
         assert [model["id"] for model in models] == [str(directory)]
 
         request = {"model": str(directory), "temperature": 0, "max_tokens": 8}
-        request |= {"logprobs": 1, "return_token_ids": True}
+        request |= {"logprobs": 1, "return_token_ids": True, "ignore_eos": True}
         answer = requests.post(
             f"{url}/v1/completions", json={**request, "prompt": PROMPT}, timeout=60
         ).json()["choices"][0]
