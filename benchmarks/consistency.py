@@ -15,7 +15,6 @@ parallelism needs two NVIDIA GPUs, the others one.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -23,13 +22,13 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from llama import LLAMA_1B, LLAMA_1B_HEAD_128, Llama, last_json
+from harness import host, last_json
+from llama import LLAMA_1B, LLAMA_1B_HEAD_128, Llama
 from safetensors.torch import save_file
 
 SHAPES = {64: LLAMA_1B, 128: LLAMA_1B_HEAD_128}
@@ -349,13 +348,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    import vllm
-
     results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        **host(),
         "rows": [],
     }
     rows = results["rows"]

@@ -6,7 +6,6 @@
 parallelism. Checkpoints are Hugging Face's, so that vLLM's native class reads them too.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,12 +25,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-
-
-def last_json(output: str | bytes) -> Any:
-    """What a child printed as its result, whatever was printed around it."""
-    lines = output.decode() if isinstance(output, bytes) else output
-    return json.loads([x for x in lines.splitlines() if x.startswith("{")][-1])
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,17 @@ two load the same checkpoint; Megatron keeps the random weights that it makes.
 import argparse
 import json
 import os
-import platform
-import random
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from llama import LLAMA_8B, Llama, last_json
+from harness import generation_rates, host, last_json
+from llama import LLAMA_8B, Llama
 from safetensors.torch import save_file
 
 ENGINES = ("native", "vLLM's layers", "Megatron")
@@ -43,7 +41,7 @@ def save_checkpoint(directory: Path) -> None:
 
 def run(engine: str, layout: str, directory: str) -> dict[str, float]:
     """Start one engine and time it, in a process of its own."""
-    from vllm import LLM, ModelRegistry, SamplingParams
+    from vllm import LLM, ModelRegistry
 
     dimension, size = layout.split("=")
     name = {"TP": "tensor_parallel_size", "PP": "pipeline_parallel_size"}[dimension]
@@ -75,31 +73,10 @@ def run(engine: str, layout: str, directory: str) -> dict[str, float]:
         **options,
     )
     startup = time.perf_counter() - start
-    generator = random.Random(0)
-    prompts = [
-        {
-            "prompt_token_ids": [
-                generator.randrange(2, LLAMA_8B.vocab_size)
-                for _ in range(PROMPT_TOKENS)
-            ]
-        }
-        for _ in range(AT_ONCE)
-    ]
-    params = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    rates = generation_rates(
+        llm, LLAMA_8B.vocab_size, PROMPT_TOKENS, NEW_TOKENS, AT_ONCE, repeats_alone=3
     )
-
-    def rate(count: int) -> float:
-        begin = time.perf_counter()
-        llm.generate(prompts[:count], params, use_tqdm=False)
-        return count * NEW_TOKENS / (time.perf_counter() - begin)
-
-    rate(AT_ONCE), rate(1)
-    return {
-        "startup_s": startup,
-        "at_once": sorted(rate(AT_ONCE) for _ in range(3))[1],
-        "alone": sorted(rate(1) for _ in range(3))[1],
-    }
+    return {"startup_s": startup, **rates}
 
 
 def main() -> None:
@@ -116,14 +93,9 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    import vllm
-
     rows: list[dict[str, Any]] = []
     results = {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        **host(),
         "rows": rows,
     }
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}  # says how long it loads

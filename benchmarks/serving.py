@@ -13,18 +13,16 @@ the first start, which compiles. Needs an NVIDIA GPU.
 import argparse
 import json
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llama import LLAMA_1B, Llama, last_json
+from harness import generation_rates, host, last_json
+from llama import LLAMA_1B, Llama
 
 ENGINES = ("native", "Transformers backend", "plain module")
 PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 256, 256
@@ -34,7 +32,7 @@ def run(engine: str) -> dict[str, float]:
     """Start one engine and time it, in a process of its own."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    from vllm import LLM, ModelRegistry, SamplingParams
+    from vllm import LLM, ModelRegistry
 
     architecture = "LlamaForCausalLM"
     options: dict[str, Any] = {}
@@ -57,31 +55,10 @@ def run(engine: str) -> dict[str, float]:
             **options,
         )
         startup = time.perf_counter() - start
-    generator = random.Random(0)
-    prompts = [
-        {
-            "prompt_token_ids": [
-                generator.randrange(2, LLAMA_1B.vocab_size)
-                for _ in range(PROMPT_TOKENS)
-            ]
-        }
-        for _ in range(AT_ONCE)
-    ]
-    params = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+    rates = generation_rates(
+        llm, LLAMA_1B.vocab_size, PROMPT_TOKENS, NEW_TOKENS, AT_ONCE, repeats_alone=5
     )
-
-    def rate(count: int) -> float:
-        begin = time.perf_counter()
-        llm.generate(prompts[:count], params, use_tqdm=False)
-        return count * NEW_TOKENS / (time.perf_counter() - begin)
-
-    rate(AT_ONCE), rate(1)
-    return {
-        "startup_s": startup,
-        "at_once": statistics.median(rate(AT_ONCE) for _ in range(3)),
-        "alone": statistics.median(rate(1) for _ in range(5)),
-    }
+    return {"startup_s": startup, **rates}
 
 
 def main() -> None:
@@ -94,17 +71,11 @@ def main() -> None:
         print("\n" + json.dumps(run(args.run)))
         return
 
-    import torch
     from rich.console import Console
-
-    import vllm
 
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        **host(),
         "runs": runs,
     }
     with tempfile.TemporaryDirectory() as cache:

@@ -36,7 +36,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
-from vllm.model_executor.models.parallel_plan import apply_plans
+from vllm.model_executor.models.parallel_plan import HIDDEN_STATES, apply_plans
 from vllm.model_executor.models.registry import (
     _VLLM_MODELS,
     _BaseRegisteredModel,
@@ -75,9 +75,6 @@ INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
 
 # Where nn.Module keeps what belongs to it.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-# The one tensor between pipeline stages, unless the module has more; vLLM's name.
-HIDDEN_STATES = "hidden_states"
 
 WARM_UP_TOKENS = 8
 
@@ -213,13 +210,12 @@ class CallableModelWrapper(nn.Module):
     def _to_next_stage(self, tensors: IntermediateTensors) -> IntermediateTensors:
         """`tensors`, which have to fit the room that the next stage has for them."""
         if not hasattr(self.module, "make_empty_intermediate_tensors"):
-            hidden_size = self._hidden_size
             widths = {name: list(t.shape[1:]) for name, t in tensors.items()}
-            if widths != {HIDDEN_STATES: [hidden_size]}:
+            if widths != {HIDDEN_STATES: [self._hidden_size]}:
                 raise ValueError(
                     f"{self._arch}: from one pipeline stage to the next go tensors "
                     f"{widths} for each token; expected {HIDDEN_STATES} of the "
-                    f"config's hidden_size {hidden_size}. Give "
+                    f"config's hidden_size {self._hidden_size}. Give "
                     f"{type(self.module).__name__} "
                     "make_empty_intermediate_tensors(batch_size, dtype, device) for "
                     "others."
@@ -635,7 +631,7 @@ def _make_empty_intermediate_tensors(
     make = getattr(wrapper.module, "make_empty_intermediate_tensors", None)
     if make is not None:
         return make(batch_size, dtype, device)
-    shape = (batch_size, wrapper._vllm_config.model_config.get_hidden_size())
+    shape = (batch_size, wrapper._hidden_size)
     return IntermediateTensors(
         {HIDDEN_STATES: torch.zeros(shape, dtype=dtype, device=device)}
     )

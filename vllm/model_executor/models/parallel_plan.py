@@ -37,6 +37,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 
+# The one tensor between pipeline stages, unless a module has more; vLLM's name.
 HIDDEN_STATES = "hidden_states"
 STACKS = (nn.ModuleList, nn.ModuleDict)
 MARK = "tensor_model_parallel"  # megatron-core's, of a parameter that is split

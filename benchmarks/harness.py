@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the benchmarks of engines share: the host, a child's result, and rates."""
+
+import json
+import platform
+import random
+import statistics
+import time
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def host() -> dict[str, Any]:
+    """The date, the GPU and the versions, for the head of a results file."""
+    import torch
+
+    import vllm
+
+    return {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+    }
+
+
+def last_json(output: str | bytes) -> Any:
+    """What a child printed as its result, whatever was printed around it."""
+    lines = output.decode() if isinstance(output, bytes) else output
+    return json.loads([x for x in lines.splitlines() if x.startswith("{")][-1])
+
+
+def generation_rates(
+    llm: "LLM",
+    vocab_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    at_once: int,
+    repeats_alone: int,
+) -> dict[str, float]:
+    """Median new tokens a second, of `at_once` requests together and of one alone."""
+    from vllm import SamplingParams
+
+    generator = random.Random(0)
+    prompts = [
+        {
+            "prompt_token_ids": [
+                generator.randrange(2, vocab_size) for _ in range(prompt_tokens)
+            ]
+        }
+        for _ in range(at_once)
+    ]
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+    )
+
+    def rate(count: int) -> float:
+        begin = time.perf_counter()
+        llm.generate(prompts[:count], params, use_tqdm=False)
+        return count * new_tokens / (time.perf_counter() - begin)
+
+    rate(at_once), rate(1)
+    return {
+        "at_once": statistics.median(rate(at_once) for _ in range(3)),
+        "alone": statistics.median(rate(1) for _ in range(repeats_alone)),
+    }
