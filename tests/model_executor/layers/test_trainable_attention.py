@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_definition import attention
 from torch.utils.checkpoint import checkpoint
 
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
@@ -52,35 +53,6 @@ def qkv(
     )
 
 
-def reference(
-    layer: TrainableAttention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: tuple[int, ...],
-) -> torch.Tensor:
-    """The definition: explicit scores and softmax, one sequence after another."""
-    group = layer.num_heads // layer.num_kv_heads
-    outputs = []
-    for q_i, k_i, v_i in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        k_i, v_i = (x.repeat_interleave(group, dim=1) for x in (k_i, v_i))
-        scores = torch.einsum("qhd,khd->hqk", q_i, k_i) * layer.scale
-        if (cap := layer.logits_soft_cap) is not None:
-            scores = cap * torch.tanh(scores / cap)
-        index = torch.arange(len(q_i))
-        distance = index[:, None] - index
-        hidden = distance < 0 if layer.causal else torch.zeros_like(distance).bool()
-        if layer.sliding_window is not None:
-            hidden |= distance.abs() >= layer.sliding_window
-        scores = scores.masked_fill(hidden, float("-inf"))
-        if layer.sinks is not None:
-            sinks = layer.sinks.to(q.dtype).view(-1, 1, 1)
-            scores = torch.cat((scores, sinks.expand(-1, len(q_i), 1)), dim=-1)
-        probs = scores.softmax(-1)[..., : len(q_i)]
-        outputs.append(torch.einsum("hqk,khd->qhd", probs, v_i))
-    return torch.cat(outputs)
-
-
 def output_and_grads(
     out: torch.Tensor, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor
 ) -> list[torch.Tensor]:
@@ -100,7 +72,9 @@ def assert_as_exact_as_reference(
 
     def evaluate(dtype: torch.dtype) -> list[torch.Tensor]:
         cast = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
-        return output_and_grads(reference(layer, *cast, lengths), cast, grad)
+        return output_and_grads(
+            attention(layer, *cast, layer.sinks, lengths), cast, grad
+        )
 
     exact = evaluate(torch.float64)
     # float64's own errors are taken to be float32's, in its finer roundings

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from attention_definition import attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,35 +58,6 @@ def qkv(
     )
 
 
-def definition(
-    layer: TrainableAttention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    lengths: tuple[int, ...],
-) -> torch.Tensor:
-    group = layer.num_heads // layer.num_kv_heads
-    outputs = []
-    for q_i, k_i, v_i in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        k_i, v_i = (x.repeat_interleave(group, dim=1) for x in (k_i, v_i))
-        scores = torch.einsum("qhd,khd->hqk", q_i, k_i) * layer.scale
-        if (cap := layer.logits_soft_cap) is not None:
-            scores = cap * torch.tanh(scores / cap)
-        index = torch.arange(len(q_i), device=q.device)
-        distance = index[:, None] - index
-        hidden = distance < 0 if layer.causal else torch.zeros_like(distance).bool()
-        if layer.sliding_window is not None:
-            hidden |= distance.abs() >= layer.sliding_window
-        scores = scores.masked_fill(hidden, float("-inf"))
-        if sinks is not None:
-            sink = sinks.to(q.dtype).view(-1, 1, 1).expand(-1, len(q_i), 1)
-            scores = torch.cat((scores, sink), dim=-1)
-        probs = scores.softmax(-1)[..., : len(q_i)]
-        outputs.append(torch.einsum("hqk,khd->qhd", probs, v_i))
-    return torch.cat(outputs)
-
-
 def errors(layer: TrainableAttention, dtype: torch.dtype) -> list[tuple[float, float]]:
     """Of the output and of every gradient: ours, and the definition's in `dtype`."""
     inputs = qkv(
@@ -98,7 +70,7 @@ def errors(layer: TrainableAttention, dtype: torch.dtype) -> list[tuple[float, f
 
     def evaluate(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         cast = [x.detach().to(dtype).requires_grad_() for x in (*inputs, *sinks)]
-        out = definition(layer, *cast[:3], cast[3] if sinks else None, LENGTHS)
+        out = attention(layer, *cast[:3], cast[3] if sinks else None, LENGTHS)
         return (out, *torch.autograd.grad(out, cast, grad.to(dtype)))
 
     exact, plain = evaluate(torch.float64), evaluate(dtype)

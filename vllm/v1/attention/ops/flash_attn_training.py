@@ -343,15 +343,22 @@ def _no_backward_with_soft_cap() -> bool:
     return all(engine.refuses(1.0, False) for engine in _available_engines().values())
 
 
+def _not_taken(q: torch.Tensor) -> str | None:
+    """The dtype or head size, if no flash attention takes it."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype}"
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        return f"head_dim {q.shape[-1]}"
+    return None
+
+
 def unsupported(q: torch.Tensor, params: AttentionParams) -> str | None:
     """What this kernel cannot do of a call, by name; None if it can do all."""
     head_dim = q.shape[-1]
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"{q.dtype}"
+    if (reason := _not_taken(q)) is not None:
+        return reason
     if params.dropout > 0:
         return "dropout"
-    if head_dim > 256 or head_dim % 8:
-        return f"head_dim {head_dim}"
     if params.sliding_window is not None and head_dim > 192:
         # FA3 of vLLM 0.26.0 on an H200: off by 5 % from a window of 100 on.
         return f"a sliding window at head_dim {head_dim}"
@@ -403,10 +410,8 @@ def flash_attention(
 
 def dropout_unsupported(q: torch.Tensor, params: AttentionParams) -> str | None:
     """What `flash_attention_with_dropout` cannot do, by name; None if it can do all."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"{q.dtype}"
-    if q.shape[-1] > 256 or q.shape[-1] % 8:
-        return f"head_dim {q.shape[-1]}"
+    if (reason := _not_taken(q)) is not None:
+        return reason
     if params.logits_soft_cap is not None:
         return "a soft cap"
     if params.sinks is not None:
