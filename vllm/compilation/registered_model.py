@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import vllm.envs as envs
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -44,12 +44,10 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     Modules with DTensors always run eagerly.
 
     vLLM's own switches apply (`enforce_eager`, `compilation_config.mode`). With
-    `VLLM_BATCH_INVARIANT` nothing is compiled: fused operations round differently
-    from those of the trainer, which runs eagerly.
+    `VLLM_BATCH_INVARIANT` the compiled code rounds as eager execution does, for a
+    trainer that runs eagerly to compute the same bits.
     """
-    decorated = support_torch_compile(
-        dynamic_arg_dims=TOKEN_AXES, enable_if=_rounding_may_differ
-    )(model_cls)
+    decorated = support_torch_compile(dynamic_arg_dims=TOKEN_AXES)(model_cls)
     init, call = decorated.__init__, decorated.__call__
 
     @functools.wraps(init)
@@ -81,8 +79,17 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     return decorated
 
 
-def _rounding_may_differ(vllm_config: VllmConfig) -> bool:
-    return not envs.VLLM_BATCH_INVARIANT
+def round_as_eager_if_invariant(vllm_config: VllmConfig) -> None:
+    """With `VLLM_BATCH_INVARIANT`, set the options of `eager_rounding` for Inductor."""
+    config = vllm_config.compilation_config
+    if envs.VLLM_BATCH_INVARIANT and config.mode != CompilationMode.NONE:
+        from vllm.compilation import eager_rounding
+
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # resolved by now
+        config.inductor_compile_config |= eager_rounding.options_for(
+            dtype, vllm_config.device_config.device_type
+        )
 
 
 def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 from vllm.compilation.registered_model import (
     add_to_compile_hash,
     compile_if_possible,
+    round_as_eager_if_invariant,
 )
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -105,6 +106,7 @@ class CallableModelWrapper(nn.Module):
             self.__dict__[table] = module.__dict__[table]
 
         add_to_compile_hash(module, vllm_config)
+        round_as_eager_if_invariant(vllm_config)
 
         self._arch = arch
         self._vllm_config = vllm_config
@@ -174,14 +176,18 @@ class CallableModelWrapper(nn.Module):
         if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
             inputs_embeds = intermediate_tensors[HIDDEN_STATES]
             intermediate_tensors = None
-        kwargs["intermediate_tensors"] = intermediate_tensors
-        kwargs["inputs_embeds"] = inputs_embeds
+        # A new dict: vLLM takes a trace that changes one of its own for a mistake.
+        offered = {
+            **kwargs,
+            "intermediate_tensors": intermediate_tensors,
+            "inputs_embeds": inputs_embeds,
+        }
         passed = {
             name: value
-            for name, value in kwargs.items()
+            for name, value in offered.items()
             if self._forward_keywords is None or name in self._forward_keywords
         }
-        for name, value in kwargs.items():
+        for name, value in offered.items():
             if value is not None and name not in passed:
                 raise TypeError(
                     f"{self._arch}: vLLM has {name} to pass, but "
