@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def rl_batch() -> Shape:
     return Shape(tuple(lengths.clamp(64, 8192).int().tolist()), 32, 8, 128)
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Packed `[tokens, heads, head_dim]` inputs of a shape."""
 
@@ -178,6 +179,28 @@ def time_padded(peer: Peer, batch: Batch, calls: int) -> dict[str, float]:
     return {name: ms * len(lengths) / rows for name, ms in times.items()}
 
 
+def sdpa_by_sequence(backend: SDPBackend) -> Peer:
+    """For the errors only: as many calls as sequences."""
+
+    def peer(batch: Batch) -> Any:
+        def forward(*qkv: torch.Tensor) -> torch.Tensor:
+            outs = []
+            for rows in zip(*(x.split(batch.shape.lengths) for x in qkv), strict=True):
+                # [1, heads, seq, head_dim]
+                q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+                with sdpa_kernel(backend):
+                    out = F.scaled_dot_product_attention(
+                        q, k, v, is_causal=True, enable_gqa=True
+                    )
+                outs.append(out.squeeze(0).transpose(0, 1))
+            return torch.cat(outs)
+
+        return batch.qkv, batch.grad, forward
+
+    return peer
+
+
+@lru_cache(maxsize=1)  # compiles for each mask anew
 def flex(batch: Batch) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -399,7 +422,10 @@ def reference(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def errors(console: Console) -> Iterator[dict[str, Any]]:
-    """Relative error against float64 of every engine and every backward of ours."""
+    """Relative error against float64 of every engine and every backward of ours.
+
+    In brackets: over the least error of a peer.
+    """
     lengths = (1, 130, 512, 777)
     table = Table(title="relative error against float64", title_justify="left")
     for column in ("head_dim", "heads", "engine", "out", "dQ", "dK", "dV"):
@@ -412,8 +438,10 @@ def errors(console: Console) -> Iterator[dict[str, Any]]:
         candidates: dict[str, Peer] = {"ours": ours, **PEERS}
         for name in flash_attn_training.BACKWARD_ENGINES:
             candidates[f"ours, {name}"] = ours
-        for name in PADDED | {"FlexAttention"}:
-            candidates.pop(name, None)  # other layouts; packed peers are compared
+        candidates["SDPA flash"] = sdpa_by_sequence(SDPBackend.FLASH_ATTENTION)
+        candidates["SDPA cuDNN"] = sdpa_by_sequence(SDPBackend.CUDNN_ATTENTION)
+        candidates.pop("FlexAttention", None)  # minutes of compilation
+        rows = []
         for name, peer in candidates.items():
             engine = name.partition(", ")[2]
             row: dict[str, Any] = {"head_dim": head_dim, "heads": [heads, kv_heads]}
@@ -436,9 +464,27 @@ def errors(console: Console) -> Iterator[dict[str, Any]]:
                     float((x.double() - y).norm() / y.norm())
                     for x, y in zip(result, exact, strict=True)
                 ]
-                cells = [f"{value:.2e}" for value in row["relative"]]
+            rows.append(row)
+        best = [
+            min(column)
+            for column in zip(
+                *(
+                    row["relative"]
+                    for row in rows
+                    if "relative" in row and not row["engine"].startswith("ours")
+                ),
+                strict=True,
+            )
+        ]
+        for row in rows:
+            if "relative" in row:
+                cells = [
+                    f"{value:.2e} ({value / least:.2f} x)"
+                    for value, least in zip(row["relative"], best, strict=True)
+                ]
+                name = row["engine"]
                 table.add_row(str(head_dim), f"{heads}/{kv_heads}", name, *cells)
-            yield row
+        yield from rows
         os.environ.pop(flash_attn_training.BACKWARD_VARIABLE)
     console.print(table)
 
