@@ -215,6 +215,8 @@ def flex(batch: Batch) -> Any:
         mask, None, None, tokens, tokens, device=DEVICE.type, _compile=True
     )
     compiled = torch.compile(flex_attention)
+    # The timed backward keeps its graph.
+    torch._functorch.config.donated_buffer = False
     qkv = tuple(
         x.detach().transpose(0, 1).unsqueeze(0).contiguous().requires_grad_()
         for x in batch.qkv
@@ -307,7 +309,8 @@ def matmul_tflops() -> float:
 def speed(rounds: int, console: Console) -> Iterator[dict[str, Any]]:
     """Times of every engine on every shape: medians over rounds; all take turns.
 
-    The first round, which compiles and warms up, does not count.
+    Each round begins with another, as one that follows a hot kernel is slower. The
+    first round, which compiles and warms up, does not count.
     """
     engines: dict[str, Peer] = {
         "ours": ours,
@@ -321,11 +324,14 @@ def speed(rounds: int, console: Console) -> Iterator[dict[str, Any]]:
         timed: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         refused: dict[str, str] = {}
         peaks = []
+        names = list(engines)
         for _ in track(range(rounds + 1), description=shape.name, console=console):
             peaks.append(matmul_tflops())
-            for name, peer in engines.items():
+            names.append(names.pop(0))
+            for name in names:
                 if name in refused:
                     continue
+                peer = engines[name]
                 time = time_padded if shape.ragged and name in PADDED else time_peer
                 try:
                     timed[name].append(time(peer, batch, CALLS))
@@ -521,7 +527,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the picture of --json's there")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     parser.add_argument("--without", nargs="+", choices=PEERS, default=[])
     args = parser.parse_args()
     if args.plot:
