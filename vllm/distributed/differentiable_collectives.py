@@ -14,15 +14,17 @@ may call from its own threads. vLLM's communicators keep a stream for each threa
 Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
 
-__all__ = ["all_gather", "all_reduce", "copy", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "copy", "reduce_scatter", "start_sum"]
 
 # PyTorch 2.13 renamed these two.
 _all_gather = (
@@ -64,6 +66,31 @@ def reduce_scatter(
     if group.world_size == 1:
         return input_
     return _ReduceScatter.apply(input_, group, dim)
+
+
+def start_sum(
+    tensor: torch.Tensor, group: "GroupCoordinator"
+) -> Callable[[], torch.Tensor]:
+    """Begin to sum a tensor that nobody else needs; it may be overwritten.
+
+    No gradient passes: this is for the backward of a layer, which has more to compute
+    in the meantime.
+
+    Returns:
+        a function that waits for the sum and returns it.
+
+    """
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():  # which traces no handles
+        total = functional.all_reduce(tensor, "sum", group.device_group)
+        return lambda: functional.wait_tensor(total)
+    work = dist.all_reduce(tensor, group=group.device_group, async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return tensor
+
+    return finish
 
 
 def _sum(tensor: torch.Tensor, group: "GroupCoordinator") -> torch.Tensor:

@@ -69,11 +69,11 @@ def _linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
         return F.linear(x, weight, bias)
 
     group = get_tp_group()
-    if isinstance(layer, ColumnParallelLinear | VocabParallelEmbedding):
-        x = collectives.copy(x, group)
     if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
         weight = _share_kv_heads(layer, weight, group)
         bias = None if bias is None else _share_kv_heads(layer, bias, group)
+    if isinstance(layer, ColumnParallelLinear | VocabParallelEmbedding):
+        return _ColumnLinear.apply(*_autocast(x, weight, bias), group)
     output = F.linear(x, weight, bias)
     bias_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     if bias_elsewhere and layer.bias is not None and not layer.skip_bias_add:
@@ -98,6 +98,55 @@ def _embedding(layer: Any, input_: torch.Tensor) -> torch.Tensor:
         return output
     group = getattr(layer, "parallel_group", None) or get_tp_group()
     return collectives.all_reduce(output, group)
+
+
+def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """In the dtype that autocast, which cannot see into a Function, gives a linear."""
+    assert tensors[0] is not None
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors
+    ]
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """`F.linear` of an `x` that all ranks hold alike, so that its gradient is summed.
+
+    The ranks exchange the gradient of `x` while they compute that of the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        group: Any,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            finish = collectives.start_sum(grad @ weight, ctx.group)
+        # [tokens, out / TP]
+        grad = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            weight_grad = grad.mT @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            bias_grad = grad.sum(0)
+        if ctx.needs_input_grad[0]:
+            x_grad = finish()
+        return x_grad, weight_grad, bias_grad, None
 
 
 class _AddedElsewhere(torch.autograd.Function):

@@ -12,6 +12,7 @@ Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from vllm.distributed import differentiable_collectives as collectives
 from vllm.distributed.parallel_state import get_tp_group
@@ -126,7 +127,7 @@ class _TokenLogProbs(torch.autograd.Function):
             rows = _rows(logits)
             blocks = zip(normalizer.split(rows), logits.split(rows), strict=True)
             for out, block in blocks:
-                torch.logsumexp(block[:, :size].to(dtype), dim=1, out=out)
+                out.copy_(_logsumexp(block[:, :size], dtype))
         if tp_size > 1:
             # [1, 2, tokens] -> [TP, 2, tokens]
             local = torch.stack([chosen, normalizer]).unsqueeze(0)
@@ -147,10 +148,21 @@ class _TokenLogProbs(torch.autograd.Function):
         for out, block, block_normalizer, block_grad, chosen_grad, chosen in blocks:
             # d log p[t] / d logit[v] = (v == t) - softmax[v]
             softmax = (block - block_normalizer[:, None]).exp_()
-            exact = softmax.mul_(-block_grad[:, None])
-            exact[:, ctx.size :] = 0
-            out.copy_(exact.scatter_add_(1, chosen, chosen_grad[:, None]))
+            exact = softmax.gather(1, chosen) * -block_grad[:, None]
+            torch.mul(softmax, -block_grad[:, None], out=out)
+            exact += chosen_grad[:, None]
+            out.scatter_(1, chosen, exact.to(out.dtype))
+            out[:, ctx.size :] = 0
         return gradient, None, None, None
+
+
+def _logsumexp(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # [rows, size] -> [rows]; one pass of log_softmax is several of torch.logsumexp
+    largest, index = logits.max(1, keepdim=True)
+    # of the largest: - log sum exp(logits - largest), and NaN where that is -inf
+    log_prob = F.log_softmax(logits, dim=1, dtype=dtype).gather(1, index)
+    largest = largest.to(dtype)
+    return (largest - log_prob).where(largest != -torch.inf, largest).squeeze(1)
 
 
 def _rows(logits: torch.Tensor) -> int:
