@@ -22,7 +22,7 @@ def host() -> dict[str, Any]:
 
     return {
         "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
     }

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from llama import LlamaShape
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer import TransformerConfig
+from torch import nn
 
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 
 if TYPE_CHECKING:
@@ -50,6 +53,17 @@ class CoreAttention(TrainableAttention):
         return out.flatten(1).unsqueeze(1)
 
 
+class ServingRowParallelLinear(RowParallelLinear):
+    """Megatron's layer without a bias, with vLLM's all-reduce in the place of NCCL's.
+
+    vLLM's is the faster one for the few tokens of a decode step.
+    """
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        output = F.linear(input_, self.weight)
+        return tensor_model_parallel_all_reduce(output), None
+
+
 class MegatronLlama(GPTModel):
     """`[tokens]` ids and positions -> hidden states `[tokens, hidden]`.
 
@@ -78,9 +92,21 @@ class MegatronLlama(GPTModel):
         return hidden.squeeze(1)
 
 
-def build(shape: LlamaShape, groups: "ProcessGroupCollection") -> MegatronLlama:
-    """The pipeline stage and tensor-parallel shard of `groups`, in bfloat16."""
+def build(
+    shape: LlamaShape,
+    groups: "ProcessGroupCollection",
+    model_cls: type[GPTModel] = MegatronLlama,
+    core_attention: type[nn.Module] | None = CoreAttention,
+    row_parallel: type[nn.Module] | None = None,
+    **options: Any,
+) -> Any:
+    """The pipeline stage and tensor-parallel shard of `groups`.
+
+    Its dtype is PyTorch's default. None stands for Megatron's own module; `options`
+    are more of `TransformerConfig`.
+    """
     initialize_rng_tracker(inference_rng_tracker=True)  # there is no dropout
+    dtype = torch.get_default_dtype()
     config = TransformerConfig(
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
@@ -90,9 +116,9 @@ def build(shape: LlamaShape, groups: "ProcessGroupCollection") -> MegatronLlama:
         kv_channels=shape.head_dim,
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),
-        pipeline_dtype=torch.bfloat16,
-        params_dtype=torch.bfloat16,
-        bf16=True,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         gated_linear_unit=True,
@@ -100,10 +126,16 @@ def build(shape: LlamaShape, groups: "ProcessGroupCollection") -> MegatronLlama:
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        **options,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = CoreAttention
-    return MegatronLlama(
+    attention, mlp = (spec.submodules.self_attention, spec.submodules.mlp)
+    if core_attention is not None:
+        attention.submodules.core_attention = core_attention
+    if row_parallel is not None:
+        attention.submodules.linear_proj = mlp.submodules.linear_fc2 = row_parallel
+    return model_cls(
         config,
         spec,
         shape.vocab_size,

@@ -53,12 +53,14 @@ def run(engine: str, layout: str, directory: str) -> dict[str, float]:
             architecture, lambda c, p: Llama(LLAMA_8B, p), supports_pp=True
         )
     if engine == "Megatron":
-        from megatron_llama import build
+        from megatron_llama import ServingRowParallelLinear, build
 
         architecture = "MegatronLlama"
         ModelRegistry.register_model(
             architecture,
-            lambda c, p: build(LLAMA_8B, p.megatron_groups()),
+            lambda c, p: build(
+                LLAMA_8B, p.megatron_groups(), row_parallel=ServingRowParallelLinear
+            ),
             supports_pp=True,
         )
     config = Path(directory) / "config.json"

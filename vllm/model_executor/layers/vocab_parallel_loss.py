@@ -3,16 +3,17 @@
 """Logits, log-probabilities and cross-entropy with the vocabulary split over ranks.
 
 No rank ever holds `[tokens, vocab]`: the ranks exchange two numbers for each token, and
-nothing in backward. Sums are in float32, or in float64 for logits in float64, and of
-blocks of rows, so that no float32 copy of all logits is made.
+nothing in backward. Sums are in float32, or in float64 for logits in float64, but no
+float32 copy of all logits is made: on a GPU and in compiled models kernels are fused,
+and else take blocks of rows.
 
 Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from vllm.distributed import differentiable_collectives as collectives
 from vllm.distributed.parallel_state import get_tp_group
@@ -124,10 +125,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chosen = chosen.masked_fill(~here, -torch.inf)
         normalizer = torch.full_like(chosen, -torch.inf)
         if size:  # a rank may have padding only
-            rows = _rows(logits)
-            blocks = zip(normalizer.split(rows), logits.split(rows), strict=True)
-            for out, block in blocks:
-                out.copy_(_logsumexp(block[:, :size], dtype))
+            normalizer = _of_rows(_logsumexp, dtype, size, logits)
         if tp_size > 1:
             # [1, 2, tokens] -> [TP, 2, tokens]
             local = torch.stack([chosen, normalizer]).unsqueeze(0)
@@ -135,36 +133,58 @@ class _TokenLogProbs(torch.autograd.Function):
                 local, get_tp_group(), dim=0
             ).unbind(1)
             chosen, normalizer = chosen.amax(0), normalizer.logsumexp(0)
-        ctx.save_for_backward(logits, here, column, normalizer)
+        ctx.save_for_backward(logits, index, normalizer)
         ctx.size = size
         return chosen - normalizer
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, here, column, normalizer = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        tensors = (gradient, logits, normalizer, grad, grad * here, column)
-        blocks = zip(*(x.split(_rows(logits)) for x in tensors), strict=True)
-        for out, block, block_normalizer, block_grad, chosen_grad, chosen in blocks:
-            # d log p[t] / d logit[v] = (v == t) - softmax[v]
-            softmax = (block - block_normalizer[:, None]).exp_()
-            exact = softmax.gather(1, chosen) * -block_grad[:, None]
-            torch.mul(softmax, -block_grad[:, None], out=out)
-            exact += chosen_grad[:, None]
-            out.scatter_(1, chosen, exact.to(out.dtype))
-            out[:, ctx.size :] = 0
+        logits, index, normalizer = ctx.saved_tensors
+        gradient = _of_rows(
+            _gradient, logits.dtype, ctx.size, logits, index, normalizer, grad
+        )
         return gradient, None, None, None
 
 
-def _logsumexp(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # [rows, size] -> [rows]; one pass of log_softmax is several of torch.logsumexp
-    largest, index = logits.max(1, keepdim=True)
-    # of the largest: - log sum exp(logits - largest), and NaN where that is -inf
-    log_prob = F.log_softmax(logits, dim=1, dtype=dtype).gather(1, index)
-    largest = largest.to(dtype)
-    return (largest - log_prob).where(largest != -torch.inf, largest).squeeze(1)
+def _logsumexp(dtype: torch.dtype, size: int, logits: torch.Tensor) -> torch.Tensor:
+    # [tokens, width] -> [tokens]
+    return logits[:, :size].to(dtype).logsumexp(1)
 
 
-def _rows(logits: torch.Tensor) -> int:
-    """Rows to take at a time, so that their float32 copy stays within 64 MiB."""
-    return max(1, (1 << 24) // logits.shape[1])
+def _gradient(
+    dtype: torch.dtype,
+    size: int,
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    normalizer: torch.Tensor,
+    grad: torch.Tensor,
+) -> torch.Tensor:
+    # d log p[t] / d logit[v] = (v == t) - softmax[v], [tokens, width]
+    column = torch.arange(logits.shape[1], device=logits.device)
+    softmax = (logits - normalizer[:, None]).exp()
+    exact = ((column == index[:, None]).to(grad.dtype) - softmax) * grad[:, None]
+    return exact.masked_fill(column >= size, 0).to(dtype)
+
+
+# Fused, each reads the logits and writes nothing as large but the gradient.
+_KERNELS = {function: torch.compile(function) for function in (_logsumexp, _gradient)}
+
+
+def _of_rows(
+    function: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    size: int,
+    *tensors: torch.Tensor,
+) -> torch.Tensor:
+    """`function` of tensors `[tokens, ...]`, fused on a GPU.
+
+    On a CPU, where that would need a compiler, it is called for blocks of rows, so that
+    float32 copies of the logits stay within 64 MiB.
+    """
+    if torch.compiler.is_compiling():
+        return function(dtype, size, *tensors)
+    if tensors[0].is_cuda:
+        return _KERNELS[function](dtype, size, *tensors)
+    rows = max(1, (1 << 24) // tensors[0].shape[1])
+    blocks = zip(*(x.split(rows) for x in tensors), strict=True)
+    return torch.cat([function(dtype, size, *block) for block in blocks])
