@@ -6,13 +6,13 @@
 
 Layers of the Llama-3.1-8B shape, packed sequences, random tokens. All models are on the
 same ranks, have the same weights, and take turns; figures are medians over rounds. A
-step is forward, loss and backward; AdamW, which is PyTorch's for all, is timed by itself.
-Before it times them, it checks that all have one loss and one norm of gradients.
+step is forward, loss and backward; AdamW, PyTorch's for all, is timed by itself. Before
+it times them, it checks that all have one loss and one norm of gradients.
 
 It needs megatron-core and runs on GPUs, or at a small shape on a CPU:
 
-    python benchmarks/parallel_training.py --sizes 2 --layers 2 --hidden 128 \
-        --intermediate 256 --heads 4 --kv-heads 2 --vocab 512 --length 64 --dtype float32
+    python benchmarks/parallel_training.py --layers 2 --hidden 128 --intermediate 256 \
+        --heads 4 --kv-heads 2 --vocab 512 --length 64 --dtype float32 --sizes 2
 """
 
 import argparse

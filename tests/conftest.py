@@ -22,6 +22,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # stdout is for results
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton's attention would round float32 to TF32.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+# To count GPUs without a CUDA context, after which nothing can be forked.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)  # tiny_model, also in processes that unpickle it
@@ -37,10 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    available = torch.cuda.device_count()
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker is None:
+            continue
+        (needed,) = marker.args or (1,)
+        if available < needed:
+            reason = f"needs {needed} GPU(s), there are {available}"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Four ways to parallelize a language model, each for every layout.
+"""Ways to parallelize a language model, each for every layout and of one checkpoint.
 
-Three share `Stage`: with vLLM's parallel layers, with DTensor, and as a mixture of
-experts. The fourth is a Megatron GPTModel, in `megatron_gpt.py`.
+They share `Stage`: with vLLM's parallel layers, with Megatron's, with DTensor, by a
+plan, and as a mixture of experts.
 """
 
 from functools import partial
@@ -30,9 +30,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.parallel_context import ParallelContext
 
 CONFIG = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 2,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
     "num_hidden_layers": 4,
     "vocab_size": 128,
     "max_position_embeddings": 128,
@@ -115,8 +115,9 @@ class Experts(nn.Module):
         if size == 1:
             return x, 0
         group = self.context.get_dp_process_group()
-        counts = [torch.empty(1, dtype=torch.long) for _ in range(size)]
-        dist.all_gather(counts, torch.tensor([len(x)]), group=group)
+        count = torch.tensor([len(x)], device=x.device)
+        counts = [torch.empty_like(count) for _ in range(size)]
+        dist.all_gather(counts, count, group=group)
         padded = F.pad(x, (0, 0, 0, int(max(counts)) - len(x)))
         parts = [torch.empty_like(padded) for _ in range(size)]
         dist.all_gather(parts, padded, group=group)
@@ -196,3 +197,66 @@ def build_dtensor(vllm_config: Any, parallel_context: ParallelContext) -> Stage:
     if parallel_context.is_last_stage:
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     return parallelize_module(model, parallel_context.device_mesh()["tp"], plan)
+
+
+def build_megatron(vllm_config: Any, parallel_context: ParallelContext) -> Stage:
+    """With megatron-core's layers."""
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer import TransformerConfig
+
+    config = vllm_config.model_config.hf_config
+    groups = parallel_context.megatron_groups()
+    options = {
+        "config": TransformerConfig(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            tensor_model_parallel_size=groups.tp.size(),
+            use_cpu_initialization=True,
+        ),
+        "init_method": nn.init.zeros_,  # the checkpoint has the values
+        "tp_group": groups.tp,
+    }
+
+    class Column(tensor_parallel.ColumnParallelLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[0]  # the other is a bias to add later, or None
+
+    class Row(tensor_parallel.RowParallelLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[0]
+
+    linear = {"bias": True, "skip_bias_add": False, **options}
+    column = partial(Column, gather_output=False, **linear)
+    kind = SimpleNamespace(
+        embedding=partial(tensor_parallel.VocabParallelEmbedding, **options),
+        column=column,
+        row=partial(Row, input_is_parallel=True, **linear),
+        head=lambda vocab, hidden: column(hidden, vocab, bias=False),
+    )
+    return Stage(config, parallel_context, kind)
+
+
+class PlannedStage(Stage):
+    """The whole model, which vLLM divides."""
+
+    tp_plan = {
+        "embedding": "rowwise",
+        "layers.*.attention.[qkv]_proj": "colwise",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.up": "colwise",
+        "layers.*.mlp.down": "rowwise",
+        "lm_head": "colwise_rep",
+    }
+    pp_plan = {
+        "embedding": (["input_ids"], ["hidden_states"]),
+        "positions": (["positions"], ["hidden_states"]),
+        "layers": (["hidden_states"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+        "lm_head": (["hidden_states"], ["logits"]),
+    }
+
+
+def build_planned(vllm_config: Any, parallel_context: ParallelContext) -> PlannedStage:
+    config = vllm_config.model_config.hf_config
+    return PlannedStage(config, ParallelContext(), PLAIN)

@@ -147,8 +147,10 @@ def whole_weights(tied: bool = False) -> dict[str, torch.Tensor]:
     shapes["lm_head.bias"] = (VOCAB,)
     if not tied:
         shapes["lm_head.weight"] = (VOCAB, HIDDEN)
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5)
+    generator = torch.Generator("cpu").manual_seed(0)
+    device = torch.get_default_device()
+    weights = {
+        name: torch.randn(shape, generator=generator, device="cpu")
         for name, shape in shapes.items()
     }
+    return {name: w.to(device) * w.shape[-1] ** -0.5 for name, w in weights.items()}

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Run a function on every rank of a small process group of vLLM's, over gloo."""
+"""Run a function on every rank of a small process group of vLLM's.
+
+On a machine with GPUs each rank has one, and the default device is that.
+"""
 
 import os
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from vllm.distributed import (
     init_distributed_environment,
 )
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.platforms import current_platform
 
 
 def run_ranks(
@@ -56,9 +60,14 @@ def _run_rank(
         distributed_executor_backend="external_launcher", **options
     )
     config = VllmConfig(parallel_config=parallel_config)
+    backend = "gloo"
+    if current_platform.is_cuda_alike():
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+        backend = "nccl"
     with set_current_vllm_config(config):
         init_distributed_environment(
-            parallel_config.world_size, rank, init_method, rank, backend="gloo"
+            parallel_config.world_size, rank, init_method, rank, backend
         )
         ensure_model_parallel_initialized(
             options["tensor_parallel_size"], options["pipeline_parallel_size"]

@@ -59,8 +59,9 @@ MAX_NORM = 1.0
 
 def batch() -> torch.Tensor:
     """Token ids `[batch, seq + 1]`."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(VOCAB, (4, 17), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    ids = torch.randint(VOCAB, (4, 17), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def parallel_model(context, weights=None, tied=False) -> ParallelTransformer:
@@ -214,13 +215,15 @@ def check_collectives(context) -> None:
 
 
 def check_losses(context) -> None:
-    generator = torch.Generator().manual_seed(2)
-    for vocab in (VOCAB, 128):  # with padding and without
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
+    # With padding and without; the first tokens may be ruled out, on ranks all of them.
+    for vocab, ruled_out in ((VOCAB, 0), (128, 0), (128, 64)):
         head = ParallelLMHead(vocab, 8)
         shard = head.shard_indices
         mine = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
         whole = torch.randn(2, 5, vocab, generator=generator, dtype=torch.float64) * 9
-        tokens = torch.randint(vocab, (2, 5), generator=generator)
+        whole[..., :ruled_out] = -torch.inf
+        tokens = torch.randint(ruled_out, vocab, (2, 5), generator=generator)
         upstream = torch.randn(2, 5, generator=generator, dtype=torch.float64)
 
         exact = whole.clone().requires_grad_(True)
@@ -255,6 +258,23 @@ def check_losses(context) -> None:
         assert vocab_parallel_token_log_probs(local, outside, head).eq(-torch.inf).all()
         with pytest.raises(ValueError, match="expected .2, 5, "):
             vocab_parallel_token_log_probs(local[..., 1:], tokens, head)
+
+
+def check_autocast(context) -> None:
+    """A layer computes in autocast's dtype, its gradients are in their tensors'."""
+    model = parallel_model(context)
+    x = model.embedding(batch()).detach().requires_grad_(True)
+    gate_up, _ = model.layers[0].gate_up(x)
+    gate_up.sum().backward()
+    expected = [x.grad, model.layers[0].gate_up.weight.grad]
+    x.grad = model.layers[0].gate_up.weight.grad = None
+    with torch.autocast(x.device.type, torch.bfloat16):
+        low, _ = model.layers[0].gate_up(x)
+    low.float().sum().backward()
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), gate_up, rtol=2e-2, atol=2e-2)
+    gradients = [x.grad, model.layers[0].gate_up.weight.grad]
+    torch.testing.assert_close(gradients, expected, rtol=2e-2, atol=2e-1)
 
 
 def check_without_gradients(model: ParallelTransformer) -> None:
@@ -334,6 +354,7 @@ def check_all(context) -> None:
     check_losses(context)
     for tied in (False, True):
         check_gradients(context, tied)
+    check_autocast(context)
     check_without_gradients(parallel_model(context))
 
 
@@ -417,6 +438,19 @@ def trained(tmp_path_factory) -> Path:
 def test_every_number_of_ranks_trains_alike(trained, tmp_path, tensor_parallel_size):
     function = functools.partial(train_and_load, trained)
     run_ranks(function, tmp_path, tensor_parallel_size)
+
+
+def check_on_gpus(context) -> None:
+    check_all(context)
+    check_compiled(context)
+
+
+@pytest.mark.parametrize(
+    "tensor_parallel_size",
+    [pytest.param(size, marks=pytest.mark.gpu(size)) for size in (1, 2, 4)],
+)
+def test_gradients_on_gpus(tmp_path, tensor_parallel_size):
+    run_ranks(check_on_gpus, tmp_path, tensor_parallel_size)
 
 
 @pytest.mark.engine

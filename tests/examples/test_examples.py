@@ -153,12 +153,12 @@ def test_tensor_parallel_training(tmp_path):
     assert "[The import statement]" in result.stdout
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(2)
 def test_tensor_parallel_training_on_gpus(tmp_path):
     import torch
 
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     alone = parallel_losses(tmp_path / "1", ranks=1, steps=31)
-    together = parallel_losses(tmp_path / "2", ranks=2, steps=31)
-    assert together == pytest.approx(alone, rel=1e-3)
+    for ranks in (2, 4):
+        if ranks <= torch.cuda.device_count():
+            together = parallel_losses(tmp_path / str(ranks), ranks, steps=31)
+            assert together == pytest.approx(alone, rel=1e-3)

@@ -2,12 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Each kind of model against its reference, in each parallel layout.
 
-One checkpoint, saved by the plain model, serves all layouts. Megatron's GPTModel, and
-vLLM's layers at TP=2 x PP=2, are compared by the examples, which tests/examples runs.
+One checkpoint, saved by the plain model, serves all layouts. On a CPU the examples, which
+tests/examples runs, compare more of them. The reference is always computed on the CPU.
 """
 
 import asyncio
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ from layout_models import (
     EXPERTS,
     Stage,
     build_dtensor,
+    build_megatron,
     build_parallel,
     build_plain,
+    build_planned,
 )
 from safetensors.torch import save_file
 
@@ -37,10 +40,49 @@ KINDS = {
     "vllm layers": (build_parallel, {}, {}),
     "dtensor": (build_dtensor, {}, {}),
     "experts": (build_parallel, EXPERTS, {"enable_expert_parallel": True}),
+    "megatron": (build_megatron, {}, {}),
+    "plan": (build_planned, {}, {}),
 }
-SINGLE: dict[str, int] = {}
-TP = {"tensor_parallel_size": 2}
-PP = {"pipeline_parallel_size": 2}
+LAYOUTS = {
+    "alone": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+    "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "tp4": {"tensor_parallel_size": 4},
+}
+ON_CPU = [
+    ("vllm layers", "alone"),
+    ("dtensor", "alone"),
+    ("experts", "alone"),
+    ("dtensor", "tp2"),
+    ("dtensor", "tp2-pp2"),
+    ("experts", "tp2-pp2"),
+]
+ON_GPUS = [
+    ("vllm layers", "tp2"),
+    ("dtensor", "tp2"),
+    ("experts", "tp2"),
+    ("megatron", "tp2"),
+    ("plan", "tp2"),
+    ("vllm layers", "pp2"),
+    ("vllm layers", "tp2-pp2"),
+    ("dtensor", "tp2-pp2"),
+    ("experts", "tp2-pp2"),
+    ("megatron", "tp2-pp2"),
+    ("plan", "tp2-pp2"),
+    ("vllm layers", "tp4"),
+    ("dtensor", "tp4"),
+    ("experts", "tp4"),
+    ("megatron", "tp4"),
+    ("plan", "tp4"),
+]
+
+
+def on_gpus(kind: str, layout: str):
+    number = math.prod(LAYOUTS[layout].values())
+    return pytest.param(
+        kind, layout, marks=pytest.mark.gpu(number), id=f"gpus-{kind}-{layout}"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -77,25 +119,21 @@ def assert_equal(report: ValidationReport) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"),
-    [
-        *((kind, SINGLE) for kind in KINDS),
-        ("dtensor", TP),
-        ("dtensor", TP | PP),
-        ("experts", TP | PP),
-    ],
-    ids=str,
+    ("kind", "layout"), [*ON_CPU, *(on_gpus(*case) for case in ON_GPUS)]
 )
 def test_layout(start, tmp_path, kind, layout):
+    if kind == "megatron":
+        pytest.importorskip("megatron.core")
     reference = register(kind, tmp_path)
-    llm = start(model=str(tmp_path), max_logprobs=-1, **layout, **KINDS[kind][2])
+    options = LAYOUTS[layout] | KINDS[kind][2]
+    llm = start(model=str(tmp_path), max_logprobs=-1, **options)
     assert_equal(validate(llm, logits_of(reference), PROMPTS, MAX_TOKENS))
 
 
 def test_stages_of_any_length_have_global_names(start, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,1")
     reference = register("vllm layers", tmp_path)
-    llm = start(model=str(tmp_path), max_logprobs=-1, **PP)
+    llm = start(model=str(tmp_path), max_logprobs=-1, **LAYOUTS["pp2"])
     assert_equal(validate(llm, logits_of(reference), PROMPTS, MAX_TOKENS))
     layers, names = zip(*llm.apply_model(layers_and_names), strict=True)
     assert layers == (["0", "1", "2"], ["3"])
@@ -113,7 +151,15 @@ def layers_and_names(model):
 
 
 @pytest.mark.usefixtures("start")  # nothing may be left over
-@pytest.mark.parametrize("kind", ["vllm layers", "experts"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "vllm layers",
+        "experts",
+        pytest.param("vllm layers", marks=pytest.mark.gpu(2), id="gpus-vllm layers"),
+        pytest.param("experts", marks=pytest.mark.gpu(2), id="gpus-experts"),
+    ],
+)
 def test_data_parallel(tmp_path, kind):
     """Ranks of a dense model serve alone; those of a mixture of experts in step."""
     reference = register(kind, tmp_path)
