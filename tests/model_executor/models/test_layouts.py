@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Each kind of model against its reference, in each parallel layout.
 
-One checkpoint, saved by the plain model, serves all layouts. On a CPU the examples, which
-tests/examples runs, compare more of them. The reference is always computed on the CPU.
+One checkpoint, saved by the plain model, serves all layouts. The reference is always
+computed on the CPU. On a CPU more of them are compared by the examples, which
+tests/examples runs.
 """
 
 import asyncio
