@@ -84,7 +84,8 @@ class MegatronLlama(GPTModel):
             embedded = self.embedding(input_ids.unsqueeze(0), positions.unsqueeze(0))
         else:
             assert inputs_embeds is not None
-            self.set_input_tensor(inputs_embeds.unsqueeze(1))
+            # A copy: of a view Megatron makes a leaf, which torch.compile cannot trace.
+            self.set_input_tensor(inputs_embeds.unsqueeze(1).clone())
         inv_freq = self.rotary_pos_emb.inv_freq
         angles = positions[:, None] * inv_freq  # [tokens, head_dim / 2]
         angles = torch.cat((angles, angles), dim=-1)[:, None, None]

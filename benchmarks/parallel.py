@@ -56,13 +56,13 @@ def run(engine: str, layout: str, directory: str) -> dict[str, float]:
         from megatron_llama import ServingRowParallelLinear, build
 
         architecture = "MegatronLlama"
-        ModelRegistry.register_model(
-            architecture,
-            lambda c, p: build(
-                LLAMA_8B, p.megatron_groups(), row_parallel=ServingRowParallelLinear
-            ),
-            supports_pp=True,
-        )
+
+        def megatron(c: Any, p: Any) -> Any:
+            groups = p.megatron_groups()
+            model = build(LLAMA_8B, groups, row_parallel=ServingRowParallelLinear)
+            return model.requires_grad_(False)  # Megatron's shorter path
+
+        ModelRegistry.register_model(architecture, megatron, supports_pp=True)
     config = Path(directory) / "config.json"
     config.write_text(json.dumps(LLAMA_8B.config(architecture)))
     start = time.perf_counter()
