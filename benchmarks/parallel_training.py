@@ -57,10 +57,10 @@ class Batch:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         tokens = args.sequences * args.length
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         ids = torch.randint(
-            args.vocab, (tokens + 1,), generator=generator, device=device
-        )
+            args.vocab, (tokens + 1,), generator=generator, device="cpu"
+        ).to(device)
         self.ids, self.labels = ids[:-1], ids[1:]  # [tokens]
         self.rows = (args.sequences, args.length)
         self.positions = torch.arange(args.length, device=device).repeat(args.sequences)
