@@ -30,16 +30,16 @@ PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 128, 256
 LOADING = re.compile(r"Model loading took .* and ([\d.]+) seconds")
 
 
-def save_checkpoint(directory: Path) -> None:
+def save_checkpoint(path: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = Llama(LLAMA_8B)
     weights = {name: x.cpu().clone() for name, x in model.checkpoint().items()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
-def run(engine: str, layout: str, directory: str) -> dict[str, float]:
+def run(engine: str, layout: str, checkpoint: str) -> dict[str, float]:
     """Start one engine and time it, in a process of its own."""
     from vllm import LLM, ModelRegistry
 
@@ -63,18 +63,20 @@ def run(engine: str, layout: str, directory: str) -> dict[str, float]:
             return model.requires_grad_(False)  # Megatron's shorter path
 
         ModelRegistry.register_model(architecture, megatron, supports_pp=True)
-    config = Path(directory) / "config.json"
-    config.write_text(json.dumps(LLAMA_8B.config(architecture)))
-    start = time.perf_counter()
-    llm = LLM(
-        model=directory,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=2048,
-        enable_prefix_caching=False,
-        **options,
-    )
-    startup = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / "config.json"
+        config.write_text(json.dumps(LLAMA_8B.config(architecture)))
+        (Path(directory) / "model.safetensors").symlink_to(checkpoint)
+        start = time.perf_counter()
+        llm = LLM(
+            model=directory,
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=2048,
+            enable_prefix_caching=False,
+            **options,
+        )
+        startup = time.perf_counter() - start
     rates = generation_rates(
         llm, LLAMA_8B.vocab_size, PROMPT_TOKENS, NEW_TOKENS, AT_ONCE, repeats_alone=3
     )
@@ -86,6 +88,9 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["TP=2", "PP=2"])
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="keep the weights in this file, or take its"
+    )
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -102,13 +107,20 @@ def main() -> None:
     }
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}  # says how long it loads
     with tempfile.TemporaryDirectory() as directory:
-        save_checkpoint(Path(directory))
-        torch.cuda.empty_cache()
+        checkpoint = (
+            args.checkpoint or Path(directory) / "llama.safetensors"
+        ).absolute()
+        if not checkpoint.exists():
+            save_checkpoint(checkpoint)
+            torch.cuda.empty_cache()
         for layout in args.layouts:
             for engine in args.engines:
-                command = [sys.executable, __file__, "--run", engine, layout, directory]
+                command = [sys.executable, __file__, "--run", engine, layout]
                 child = subprocess.run(
-                    command, capture_output=True, text=True, env=environment
+                    [*command, str(checkpoint)],
+                    capture_output=True,
+                    text=True,
+                    env=environment,
                 )
                 if child.returncode:
                     log = child.stdout[-4000:] + child.stderr[-2000:]
@@ -116,6 +128,8 @@ def main() -> None:
                     continue
                 row = {"engine": engine, "layout": layout}
                 row |= last_json(child.stdout)
+                if "runs without torch.compile" in child.stdout + child.stderr:
+                    print(f"{engine}, {layout}: not compiled")
                 loading = LOADING.findall(child.stdout + child.stderr)
                 row["loading_s"] = max(map(float, loading))
                 rows.append(row)
