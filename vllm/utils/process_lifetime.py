@@ -4,22 +4,35 @@
 
 A process can be killed at any moment, so nothing depends on what it does last: whoever
 is left notices that it is gone.
+
+Ctrl-C is for the program. A terminal sends it to all processes, but those of an engine
+do not see it: the program ends them, in order, if it wants to end.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.util import get_temp_dir
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize, get_temp_dir
+from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.utils.system_utils import kill_process_tree
+
+if TYPE_CHECKING:
+    import zmq
 
 
 def socket_directory() -> str:
@@ -34,6 +47,82 @@ def socket_directory() -> str:
     return os.environ.get("VLLM_RPC_BASE_PATH") or get_temp_dir()
 
 
+def rendezvous_file(name: str) -> str:
+    """The path of a file that is removed when this process ends."""
+    path = os.path.join(socket_directory(), name)
+    Finalize(None, _remove, (path,), exitpriority=0)
+    return path
+
+
+def remove_with(socket: zmq.Socket, address: str) -> None:
+    """Remove the file of `socket`, bound to `address`, when either it or we are gone.
+
+    ZeroMQ leaves it.
+    """
+    if address.startswith("ipc://"):
+        path = address.removeprefix("ipc://")
+        Finalize(socket, _remove, (path,), exitpriority=0)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):  # its directory has been removed
+        os.unlink(path)
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end this program at once, until another handler is installed.
+
+    An event loop would cancel its task at the next `await`, and an engine starts in
+    between: minutes. It is not an error that needs a traceback.
+    """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise `KeyboardInterrupt` in the block, also under asyncio.
+
+    asyncio would cancel the task that waits here, which is at its next `await`.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    of_asyncio = isinstance(handler, partial) and (
+        handler.func.__module__ == "asyncio.runners"
+    )
+    if not of_asyncio or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def start(process: BaseProcess) -> None:
+    """Start `process` without Ctrl-C, even while it imports what it is to run."""
+    # Else the tracker is started on the way, which lets the signal through again.
+    resource_tracker.ensure_running()
+    before = _block_interrupts()
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _block_interrupts() -> set[int | signal.Signals]:
+    """Keep Ctrl-C from this thread and what it starts; returns the mask before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def stop_starting() -> None:
+    """End an engine core that is being constructed, as its parent asks.
+
+    There is no request to finish, and the parent waits for it to end.
+    """
+    if multiprocessing.parent_process() is not None:
+        raise SystemExit
+
+
 def exit_with_parent() -> None:
     """Kill this process and its children once the process that started it is gone.
 
@@ -42,6 +131,7 @@ def exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    _prepare_child()
 
     def exit_now() -> None:
         parent.join()
@@ -58,6 +148,7 @@ def exit_with_executor(death_pipe: Connection, ready_pipe: Connection) -> None:
     that has reported on `ready_pipe`, and closed it, has time to end by itself, unless
     it is stuck in a collective.
     """
+    _prepare_child()
 
     def exit_now() -> None:
         wait([death_pipe])
@@ -66,6 +157,25 @@ def exit_with_executor(death_pipe: Connection, ready_pipe: Connection) -> None:
         os._exit(1)
 
     _in_background(exit_now)
+
+
+def _prepare_child() -> None:
+    _block_interrupts()  # a fork server's child does not inherit it
+    Finalize(None, _exit_at_once, exitpriority=-1000)  # after all others
+
+
+def _exit_at_once() -> None:
+    """End a child that had no error as a forked one ends, whatever started it.
+
+    The interpreter would collect its garbage first, for seconds.
+    """
+    error = sys.exc_info()[1]
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _in_background(target: Callable[[], None]) -> None:
