@@ -3,11 +3,14 @@
 """Serve a model that goes wrong: `faulty_model.py MODEL_DIR SIGNS_DIR FAULT OPTIONS`.
 
 `FAULT` is one of `FACTORIES`, `OPTIONS` are engine arguments as JSON. Prints the
-continuation of a prompt, then waits. A file in `SIGNS_DIR` tells how far it came.
+continuation of a prompt, then waits. A file in `SIGNS_DIR` tells how far it came. With
+`IN_EVENT_LOOP` in the environment, it does so in a coroutine.
 """
 
+import asyncio
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,14 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from tiny_model import TinyModel
-
-from vllm import EngineArgs, ModelRegistry, SamplingParams
-from vllm.model_executor.parallel_context import ParallelContext
-from vllm.v1.engine.llm_engine import LLMEngine
-
 SIGNS = Path(sys.argv[2])
+(SIGNS / "importing").touch()
+
+import torch  # noqa: E402
+from tiny_model import TinyModel  # noqa: E402
+
+from vllm import EngineArgs, ModelRegistry, SamplingParams  # noqa: E402
+from vllm.model_executor.parallel_context import ParallelContext  # noqa: E402
+from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+
 Action = Callable[[], Any]
 
 
@@ -37,6 +42,13 @@ def kill_this_rank() -> None:
 
 def run_out_of_memory() -> None:
     torch.empty(1 << 50)
+
+
+def limit_memory() -> None:
+    """Room for the engine's message queues, and not for a KV cache of 1 GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (768 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def wait_for_all_ranks(context: ParallelContext) -> None:
@@ -57,6 +69,17 @@ class InStep(TinyModel):
             self.action()
         wait_for_all_ranks(self.context)
         return super().forward(input_ids, positions)
+
+
+class InLoading(TinyModel):
+    """Does `action` in the place of loading its weights."""
+
+    def __init__(self, action: Action) -> None:
+        super().__init__()
+        self.action = action
+
+    def load_weights(self, weights: object) -> None:
+        self.action()
 
 
 def while_building(action: Action) -> Callable[..., TinyModel]:
@@ -88,6 +111,11 @@ FACTORIES = {
     "hang while building": while_building(lambda: wait_here("building")),
     "no memory while building": while_building(run_out_of_memory),
     "hang alone": lambda vllm_config, context: wait_here("building"),
+    "hang while loading": lambda config, context: InLoading(
+        lambda: wait_here("loading")
+    ),
+    "no memory for the cache": while_building(limit_memory),
+    "hang while warming up": in_step(2, lambda: wait_here("warming up")),
     "hang while trying": in_step(1, lambda: wait_here("trying")),
     "kill while generating": in_step(6, kill_this_rank),
     "no memory while generating": in_step(6, run_out_of_memory),
@@ -119,5 +147,12 @@ def main(model_dir: str, signs: str, fault: str, options: str) -> None:
     wait_here("idle")
 
 
-if __name__ == "__main__":
+async def main_in_an_event_loop() -> None:
     main(*sys.argv[1:])
+
+
+if __name__ == "__main__":
+    if "IN_EVENT_LOOP" in os.environ:
+        asyncio.run(main_in_an_event_loop())
+    else:
+        main(*sys.argv[1:])

@@ -5,14 +5,18 @@
 Each program ends promptly, says what happened, and leaves nothing behind.
 """
 
+import http.client
 import json
+import os
 import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from programs import Program
 from ranks import run_ranks
 from tiny_model import TinyModel
@@ -27,6 +31,8 @@ TWO_RANKS = {"tensor_parallel_size": 2}
 # What an end may take: a second in which failures are gathered, and what vLLM gives a
 # worker that is stuck (5 s), on a machine that is busy with other tests.
 PROMPT_S = 20
+# Python ends with the signal, unless it was raised in a callback of a C library.
+INTERRUPTED = (1, -signal.SIGINT, 128 + signal.SIGINT)
 
 
 @pytest.fixture
@@ -56,6 +62,12 @@ def the_last_error(program: Program) -> str:
     return program.output().rpartition("Traceback (most recent call last)")[2]
 
 
+def ends_with_one_traceback(program: Program) -> None:
+    """That of the interrupted program; its processes say nothing."""
+    assert program.output().count("Traceback") == 1, program.output()
+    assert "KeyboardInterrupt" in the_last_error(program)
+
+
 # ---- A rank that fails -----------------------------------------------------------
 
 
@@ -70,13 +82,31 @@ def the_last_error(program: Program) -> str:
             "no memory while building",
             ["can't allocate memory", "on worker rank 1, while building the model"],
         ),
+        (
+            "no memory for the cache",
+            ["RuntimeError on worker rank 1: ", "can't allocate memory"],
+        ),
     ],
 )
-def test_a_rank_that_fails_while_it_builds(serve, fault, messages):
+def test_a_rank_that_fails_while_it_starts(serve, fault, messages):
     program = serve(fault)
     assert program.ends_within(240) == 1
     for message in messages:
         assert message in the_last_error(program)
+    program.leaves_nothing()
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "message"),
+    [
+        (1 << 20, "on worker rank 0: Available memory on node"),
+        (0, "No available memory for the cache blocks."),
+    ],
+)
+def test_a_cache_of_an_impossible_size(serve, gibibytes, message):
+    program = serve("none", VLLM_CPU_KVCACHE_SPACE=str(gibibytes))
+    assert program.ends_within(240) == 1
+    assert message in the_last_error(program)
     program.leaves_nothing()
 
 
@@ -150,22 +180,43 @@ def test_a_rank_that_builds_another_model(check, tmp_path):
 # ---- A user who stops it ---------------------------------------------------------
 
 
+SPAWN = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+COMPILED = TWO_RANKS | {"enforce_eager": False}
+
+
 @pytest.mark.parametrize(
-    ("fault", "sign", "everyone", "method"),
+    ("fault", "sign", "options", "env"),
     [
-        ("hang while building", "building", True, "spawn"),
-        ("hang while building", "building", False, "fork"),
-        ("hang while trying", "trying", True, "fork"),
-        ("hang while generating", "generating", True, "fork"),
-        ("none", "idle", True, "fork"),
+        ("none", "importing", TWO_RANKS, {}),
+        ("hang while building", "building", TWO_RANKS, SPAWN),
+        ("hang while building", "building", TWO_RANKS, IN_PROCESS),
+        ("hang while building", "building", TWO_RANKS, {"IN_EVENT_LOOP": "1"}),
+        ("hang alone", "building", {}, {}),
+        ("hang while trying", "trying", TWO_RANKS, {}),
+        ("hang while loading", "loading", TWO_RANKS, {}),
+        ("hang while warming up", "warming up", COMPILED, {}),
+        ("hang while generating", "generating", TWO_RANKS, {}),
+        ("hang while generating", "generating", TWO_RANKS, IN_PROCESS),
+        ("none", "idle", TWO_RANKS, {}),
+        ("none", "idle", {}, IN_PROCESS),
     ],
 )
-def test_ctrl_c(serve, fault, sign, everyone, method):
-    program = serve(fault, VLLM_WORKER_MULTIPROC_METHOD=method)
+def test_ctrl_c(serve, fault, sign, options, env):
+    program = serve(fault, options, **env)
     at(program, sign)
-    program.interrupt(everyone)
-    assert program.ends_within(PROMPT_S) in (1, -signal.SIGINT, 128 + signal.SIGINT)
-    assert "KeyboardInterrupt" in program.output()
+    program.interrupt(everyone=True)
+    assert program.ends_within(PROMPT_S) in INTERRUPTED
+    ends_with_one_traceback(program)
+    program.leaves_nothing()
+
+
+def test_an_interrupt_of_the_program_alone(serve):
+    program = serve("hang while building")
+    at(program, "building")
+    program.interrupt(everyone=False)
+    assert program.ends_within(PROMPT_S) in INTERRUPTED
+    ends_with_one_traceback(program)
     program.leaves_nothing()
 
 
@@ -194,13 +245,35 @@ def listener():
         yield taken
 
 
+class Slow(TinyModel):
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return super().forward(input_ids, positions)
+
+
+def build_slow(vllm_config: object, context: object) -> Slow:
+    return Slow()
+
+
 def vllm_serve(model_dir, folder, port: int) -> Program:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     command += [str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
+    command += ["--model-class-overrides", '{"TinyModel": "test_faults:build_slow"}']
     command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", "16777216"]
-    return Program(command, folder)
+    path = f"{Path(__file__).parent}{os.pathsep}{os.environ['PYTHONPATH']}"
+    return Program(command, folder, PYTHONPATH=path)
+
+
+def test_a_port_for_process_groups_in_use(serve, listener):
+    port = listener.getsockname()[1]
+    two_hosts = {"nnodes": 2, "master_addr": "127.0.0.1", "master_port": port}
+    program = serve("none", TWO_RANKS | two_hosts)
+    assert program.ends_within(240) == 1
+    error = the_last_error(program)
+    assert f"port: {port}" in error
+    assert "address already in use\n(on worker rank 0, while setting up" in error
+    program.leaves_nothing()
 
 
 def test_a_port_in_use(listener, model_dir_with_tokenizer, tmp_path_factory):
@@ -212,7 +285,24 @@ def test_a_port_in_use(listener, model_dir_with_tokenizer, tmp_path_factory):
         program.leaves_nothing()
 
 
-def test_ctrl_c_of_vllm_serve(listener, model_dir_with_tokenizer, tmp_path_factory):
+def test_ctrl_c_while_vllm_serve_starts(
+    listener, model_dir_with_tokenizer, tmp_path_factory
+):
+    port = listener.getsockname()[1]
+    listener.close()
+    folder = tmp_path_factory.mktemp("program")
+    with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
+        # itself, the resource tracker, and the engine core, which is importing
+        program.wait_until(lambda: len(program.processes()) > 2)
+        program.interrupt(everyone=True)
+        assert program.ends_within(PROMPT_S) == 128 + signal.SIGINT
+        assert "Traceback" not in program.output()
+        program.leaves_nothing()
+
+
+def test_ctrl_c_while_vllm_serve_streams(
+    listener, model_dir_with_tokenizer, tmp_path_factory
+):
     port = listener.getsockname()[1]
     listener.close()
 
@@ -223,7 +313,22 @@ def test_ctrl_c_of_vllm_serve(listener, model_dir_with_tokenizer, tmp_path_facto
     folder = tmp_path_factory.mktemp("program")
     with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
         program.wait_until(answers)
+        request = {
+            "model": str(model_dir_with_tokenizer),
+            "prompt": "t1",
+            "max_tokens": 120,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(request), headers)
+        stream = connection.getresponse()
+        first = stream.readline()
         program.interrupt(everyone=True)
         assert program.ends_within(PROMPT_S) == 0
+        assert first.startswith(b"data: ")
+        assert b'"finish_reason":"abort"' in stream.read()
+        assert "Traceback" not in program.output()
         program.leaves_nothing()
         assert not answers()
