@@ -123,8 +123,7 @@ def main() -> None:
                     env=environment,
                 )
                 if child.returncode:
-                    log = child.stdout[-4000:] + child.stderr[-2000:]
-                    print(f"{engine}, {layout}:\n{log}")
+                    print(f"{engine}, {layout}:\n{child.stdout}{child.stderr}")
                     continue
                 row = {"engine": engine, "layout": layout}
                 row |= last_json(child.stdout)

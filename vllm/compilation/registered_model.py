@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import vllm.envs as envs
@@ -61,7 +59,9 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     def call_or_fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return call(self, *args, **kwargs)
-        except (TorchDynamoException, ConstraintViolationError) as error:
+        except Exception as error:
+            # Of any type, if it is compiled ahead of time. One that is the module's
+            # own comes again from the eager run.
             if self.compiled:
                 raise
             self.do_not_compile = True
@@ -70,7 +70,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
                 "it with supports_torch_compile=False, or start with enforce_eager, "
                 "to do without the attempt.",
                 model_cls.__name__,
-                str(error).strip().partition("\n")[0],
+                f"{type(error).__name__}: {error}".strip().partition("\n")[0],
             )
             return self.forward(*args, **kwargs)
 
