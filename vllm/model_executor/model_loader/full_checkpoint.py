@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
 
 # Names that libraries add to a state dict for data that is not a weight.
 EXTRA_STATE = "_extra_state"
@@ -197,9 +197,8 @@ def _names_of_all_ranks(names: set[str], context: ParallelContext) -> set[str]:
     if context.expert_parallel_size > 1:
         groups.append(get_ep_group())
     for group in groups:
-        gathered: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(gathered, names, group.cpu_group)
-        names = set().union(*gathered)
+        texts = all_gather_text("\n".join(sorted(names)), group.cpu_group)
+        names = {name for text in texts for name in text.split("\n")}
     return names
 
 
