@@ -218,6 +218,7 @@ class ParallelContext:
         groups = ProcessGroupCollection()
         groups.tp, groups.pp, groups.dp, groups.cp = tp, pp, dp, alone
         groups.tp_cp, groups.dp_cp = tp, dp
+        groups.tp_dp_cp = self.get_ep_process_group() or tp
         if self.expert_parallel_size > 1:
             ep = self._required(self.get_ep_process_group(), "megatron_groups")
             groups.ep = groups.tp_ep = ep

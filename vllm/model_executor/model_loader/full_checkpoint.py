@@ -8,6 +8,7 @@ have and how this rank takes its part.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
@@ -205,28 +206,31 @@ def _names_of_all_ranks(names: set[str], context: ParallelContext) -> set[str]:
 def _full_names(module: nn.Module) -> dict[str, str]:
     """The name in the whole model of each entry of `module`'s state dict.
 
-    Only a pipeline stage of megatron-core has others: it numbers its layers from 0,
-    though each knows its place, and its output layer may be a copy of the first
-    stage's embedding. Renamed as in megatron-core's own `sharded_state_dict`.
+    Only megatron-core's modules have others. It numbers from 0 the layers of a
+    pipeline stage, though each knows its place, and the experts of a rank; and the
+    last stage's output layer may be a copy of the first stage's embedding. Renamed as
+    in megatron-core's own `sharded_state_dict`.
     """
     tensors = module.state_dict(keep_vars=True)
     names = {name: name for name in tensors}
     megatron = sys.modules.get("megatron.core.transformer.module")
     if megatron is None:
         return names
-    for path, layer in module.named_modules():
-        stem, _, index = path.rpartition(".")
-        number = getattr(layer, "layer_number", None)  # counts from 1
-        if (
-            isinstance(layer, megatron.MegatronModule)
-            and index.isdecimal()
-            and isinstance(number, int)
-        ):
-            place = f"{stem}.{number - 1}."
-            for name in tensors:
-                if name.startswith(f"{path}."):
-                    names[name] = place + name.removeprefix(f"{path}.")
+    places: dict[str, int] = {}  # by path, of a module in its list
+    for path, part in module.named_modules():
+        if not isinstance(part, megatron.MegatronModule):
+            continue
+        number = getattr(part, "layer_number", None)  # counts from 1
+        if path.rpartition(".")[2].isdecimal() and isinstance(number, int):
+            places[path] = number - 1
+        experts = getattr(part, "local_experts", ())
+        for index in range(len(experts)):
+            place = part.ep_group.rank() * len(experts) + index
+            places[f"{path}.local_experts.{index}"] = place
     for name, tensor in tensors.items():
+        paths = itertools.accumulate(name.split("."), "{}.{}".format)
+        parts = [str(places.get(p, p.rpartition(".")[2])) for p in paths]
+        names[name] = ".".join(parts)
         if getattr(tensor, "shared", False):  # Megatron's mark of such a copy
             stem = name.removesuffix("output_layer.weight")
             names[name] = f"{stem}embedding.word_embeddings.weight"
@@ -241,6 +245,8 @@ def _sharded_tensors(
             continue
         if isinstance(tensor, DTensor):
             yield name, DistributedTensor(tensor)
+        elif getattr(tensor, "allreduce", True) is False:
+            yield name, PlainTensor(tensor)  # Megatron's mark of a whole expert
         elif getattr(tensor, "tensor_model_parallel", False):
             yield name, MegatronTensor(tensor, context)
         elif hasattr(tensor, "weight_loader"):

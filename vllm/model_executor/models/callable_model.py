@@ -283,6 +283,7 @@ class CallableModelWrapper(nn.Module):
                 {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
             )
         enter_stage("trying the model on a few tokens")
+        self.eval()  # vLLM does so once the model is loaded
         with (
             set_current_vllm_config(self._vllm_config),
             set_forward_context(None, self._vllm_config, num_tokens=tokens),
