@@ -223,12 +223,16 @@ def load_dtensors(context):
     assert torch.equal(model[1].bias.to_local(), weights["1.bias"])
 
 
+def load_all_kinds(context):
+    """Together, because starting the ranks takes most of the time."""
+    load_vllm_layers(context)
+    load_megatron_layers(context)
+    load_dtensors(context)
+
+
 @pytest.mark.parametrize("tensor_parallel_size", SIZES)
-@pytest.mark.parametrize(
-    "function", [load_vllm_layers, load_megatron_layers, load_dtensors]
-)
-def test_every_rank_takes_its_shard(function, tensor_parallel_size, tmp_path):
-    run_ranks(function, tmp_path, tensor_parallel_size)
+def test_every_rank_takes_its_shard(tensor_parallel_size, tmp_path):
+    run_ranks(load_all_kinds, tmp_path, tensor_parallel_size)
 
 
 def load_stages(context):
@@ -373,9 +377,13 @@ def load_experts(context):
     assert torch.equal(module[str(rank)].weight, weights[f"{rank}.weight"])
 
 
-@pytest.mark.parametrize("function", [load_stages, load_megatron_stages])
-def test_every_stage_takes_its_part(function, tmp_path):
-    run_ranks(function, tmp_path, pipeline_parallel_size=2)
+def load_all_stages(context):
+    load_stages(context)
+    load_megatron_stages(context)
+
+
+def test_every_stage_takes_its_part(tmp_path):
+    run_ranks(load_all_stages, tmp_path, pipeline_parallel_size=2)
 
 
 def test_every_rank_takes_its_experts(tmp_path):

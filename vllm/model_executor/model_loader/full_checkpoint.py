@@ -130,8 +130,8 @@ def load_full_checkpoint(
 
     A pipeline stage fills its own part, as does an expert-parallel rank: a tensor is
     surplus only if no rank takes it, and all these ranks have to load together.
-    megatron-core numbers the layers of a stage from 0; here they have the names that
-    they have in the whole model.
+    megatron-core numbers the layers of a stage, and the experts of a rank, from 0; here
+    they have the names that they have in the whole model.
 
     Args:
         module: its parameters and buffers may be plain, DTensors, megatron-core's
