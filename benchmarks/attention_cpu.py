@@ -4,8 +4,9 @@
 
     python benchmarks/attention_cpu.py --json results.json
 
-All of it runs in one process, with PyTorch's default number of threads. A round calls
-each engine once, so that what else the machine does falls on all of them alike.
+All of it runs in one process. A round calls each engine once, so that what else the
+machine does falls on all of them alike; the CPU time of one thread is hardly changed
+by it.
 """
 
 import argparse
@@ -59,6 +60,7 @@ SHAPES = [
     Shape("RL batch", log_normal(12, 250, 32, 2048), 32, 8, 64),
     Shape("RL batch", log_normal(12, 250, 32, 2048), 32, 8, 128),
     Shape("small model", log_normal(64, 80, 16, 512), 8, 2, 64),
+    Shape("one sequence", (4096,), 8, 2, 64),
 ]
 
 
@@ -159,11 +161,12 @@ def calls(batch: Batch, forward: Forward) -> dict[str, Callable[[], Any]]:
 
 
 def time_shape(batch: Batch, rounds: int) -> list[dict[str, Any]]:
-    """Median and least ms of each engine's forward, and forward with backward."""
+    """Each engine's forward, and forward with backward: ms and CPU ms, all threads'."""
     torch.compiler.reset()
     rows, timed = [], []
     for name, engine in ENGINES.items():
-        row: dict[str, Any] = {"engine": name, "ms": {}, "least_ms": {}, "error": {}}
+        row: dict[str, Any] = {"engine": name, "error": {}}
+        row |= {key: {} for key in ("ms", "least_ms", "cpu_ms")}
         rows.append(row)
         for direction, call in calls(batch, engine(batch)).items():
             try:
@@ -173,13 +176,16 @@ def time_shape(batch: Batch, rounds: int) -> list[dict[str, Any]]:
             else:
                 timed.append((row, direction, call, []))
     for _ in range(rounds):
-        for _, _, call, seconds in timed:
-            start = time.perf_counter()
+        for _, _, call, times in timed:
+            start, cpu_start = time.perf_counter(), time.process_time()
             call()
-            seconds.append(time.perf_counter() - start)
-    for row, direction, _, seconds in timed:
+            cpu = time.process_time() - cpu_start
+            times.append((time.perf_counter() - start, cpu))
+    for row, direction, _, times in timed:
+        seconds, cpu_seconds = zip(*times, strict=True)
         row["ms"][direction] = 1e3 * statistics.median(seconds)
         row["least_ms"][direction] = 1e3 * min(seconds)
+        row["cpu_ms"][direction] = 1e3 * statistics.median(cpu_seconds)
     return rows
 
 
@@ -193,7 +199,7 @@ def table(batch: Batch, rows: list[dict[str, Any]]) -> Table:
     result = Table(title=title, title_justify="left")
     result.add_column("engine")
     for direction in DIRECTIONS:
-        for column in (f"{direction}, ms", "least", "GFLOP/s", "ours is"):
+        for column in (f"{direction}, ms", "least", "CPU ms", "GFLOP/s", "ours is"):
             result.add_column(column, justify="right")
     flop = {"forward": shape.forward_flop, "both": 3.5 * shape.forward_flop}
     own = rows[0]["ms"]
@@ -202,11 +208,12 @@ def table(batch: Batch, rows: list[dict[str, Any]]) -> Table:
         for direction in DIRECTIONS:
             ms = row["ms"].get(direction)
             if ms is None:
-                cells += [row["error"][direction].partition(":")[0], "", "", ""]
+                cells += [row["error"][direction].partition(":")[0], "", "", "", ""]
                 continue
             cells += [
                 f"{ms:.1f}",
                 f"{row['least_ms'][direction]:.1f}",
+                f"{row['cpu_ms'][direction]:.1f}",
                 f"{flop[direction] / ms / 1e6:.0f}",
                 f"{ms / own[direction]:.2f} x",
             ]
@@ -224,10 +231,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls (7)")
+    parser.add_argument("--threads", type=int, help="of PyTorch (its default)")
     parser.add_argument("--without", nargs="+", choices=ENGINES, default=[])
     args = parser.parse_args()
     for name in args.without:
         del ENGINES[name]
+    if args.threads:
+        torch.set_num_threads(args.threads)
     console = Console(width=140)
     results: dict[str, Any] = {
         "date": date.today().isoformat(),

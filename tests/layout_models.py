@@ -3,9 +3,10 @@
 """Ways to parallelize a language model, each for every layout and of one checkpoint.
 
 They share `Stage`: with vLLM's parallel layers, with Megatron's, with DTensor, by a
-plan, and as a mixture of experts.
+plan, and as a mixture of experts, whose layer is PyTorch's or vLLM's.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.model_executor.parallel_context import ParallelContext
 
 CONFIG = {
@@ -38,20 +40,6 @@ CONFIG = {
     "max_position_embeddings": 128,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-
-# What a layer is made of: plain PyTorch, or vLLM's layers.
-PLAIN = SimpleNamespace(
-    embedding=nn.Embedding,
-    column=nn.Linear,
-    row=nn.Linear,
-    head=lambda vocab, hidden: nn.Linear(hidden, vocab, bias=False),
-)
-PARALLEL = SimpleNamespace(
-    embedding=VocabParallelEmbedding,
-    column=partial(ColumnParallelLinear, return_bias=False),
-    row=partial(RowParallelLinear, return_bias=False),
-    head=ParallelLMHead,
-)
 
 
 class Attention(nn.Module):
@@ -81,10 +69,22 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class Expert(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class Experts(nn.Module):
     """Whole experts on each expert-parallel rank; the names are the same on all."""
 
-    def __init__(self, config: Any, context: ParallelContext) -> None:
+    def __init__(self, config: Any, context: ParallelContext, index: int) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.context = context
@@ -92,7 +92,7 @@ class Experts(nn.Module):
         size, rank = context.expert_parallel_size, context.expert_parallel_rank
         self.experts = nn.ModuleDict(
             {
-                str(index): MLP(config, PLAIN)
+                str(index): Expert(config)
                 for index in range(rank, config.num_experts, size)
             }
         )
@@ -125,14 +125,37 @@ class Experts(nn.Module):
         return torch.cat(parts), int(sum(counts[:rank]))
 
 
+class FusedExperts(nn.Module):
+    """The same by vLLM's fused layer, which divides the experts itself."""
+
+    def __init__(self, config: Any, context: ParallelContext, index: int) -> None:
+        from vllm.model_executor.layers.fused_moe import FusedMoEFactory  # 0.32.0 on
+
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, config.num_experts)
+        self.experts = FusedMoEFactory(
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.intermediate_size,
+            renormalize=False,
+            prefix=f"layers.{index}.mlp.experts",
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, self.router(x))
+
+
 class Block(nn.Module):
-    def __init__(self, config: Any, context: ParallelContext, kind: Any) -> None:
+    def __init__(
+        self, config: Any, context: ParallelContext, kind: Any, index: int
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size)
         self.attention = Attention(config, context, kind)
         self.mlp_norm = nn.LayerNorm(config.hidden_size)
         if hasattr(config, "num_experts"):
-            self.mlp: nn.Module = Experts(config, context)
+            self.mlp: nn.Module = kind.experts(config, context, index)
         else:
             self.mlp = MLP(config, kind)
 
@@ -152,7 +175,7 @@ class Stage(nn.Module):
             self.positions = nn.Embedding(config.max_position_embeddings, hidden)
         self.layers = nn.ModuleDict(
             {
-                str(index): Block(config, context, kind)
+                str(index): Block(config, context, kind, index)
                 for index in context.layer_range(config.num_hidden_layers)
             }
         )
@@ -174,6 +197,23 @@ class Stage(nn.Module):
         return self.norm(x) if hasattr(self, "norm") else x
 
 
+# What a layer is made of: plain PyTorch, or vLLM's layers.
+PLAIN = SimpleNamespace(
+    embedding=nn.Embedding,
+    column=nn.Linear,
+    row=nn.Linear,
+    head=lambda vocab, hidden: nn.Linear(hidden, vocab, bias=False),
+    experts=Experts,
+)
+PARALLEL = SimpleNamespace(
+    embedding=VocabParallelEmbedding,
+    column=partial(ColumnParallelLinear, return_bias=False),
+    row=partial(RowParallelLinear, return_bias=False),
+    head=ParallelLMHead,
+    experts=Experts,
+)
+
+
 def build_plain(config: Any) -> Stage:
     """The whole model, without vLLM: what is trained, and the reference."""
     return Stage(config, ParallelContext(), PLAIN)
@@ -183,6 +223,17 @@ def build_parallel(vllm_config: Any, parallel_context: ParallelContext) -> Stage
     """With vLLM's layers; of a mixture of experts if the config says so."""
     config = vllm_config.model_config.hf_config
     return Stage(config, parallel_context, PARALLEL)
+
+
+class FusedStage(Stage):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)
+
+
+def build_fused(vllm_config: Any, parallel_context: ParallelContext) -> FusedStage:
+    """A mixture of experts with vLLM's fused layer."""
+    kind = SimpleNamespace(**vars(PARALLEL) | {"experts": FusedExperts})
+    return FusedStage(vllm_config.model_config.hf_config, parallel_context, kind)
 
 
 def build_dtensor(vllm_config: Any, parallel_context: ParallelContext) -> Stage:

@@ -4,13 +4,15 @@
 // Attention over packed sequences on a CPU, with its gradient.
 //
 // One task is one sequence and one KV head, with all query heads that share it, so
-// that K and V are packed once and no sum crosses tasks: the bits do not depend on
-// the number of threads. A tile is kTile query rows, a row being one token and one
-// head of the group, by kTile keys. The forward keeps a running softmax and the
-// log-sum-exp; the backward recomputes the probabilities (FlashAttention-2,
-// https://arxiv.org/abs/2307.08691). Products are oneDNN's batch-reduce kernels,
-// which use AMX tiles for bfloat16, in float32 sums. Shapes of tiles are rounded up,
-// because oneDNN compiles a kernel for each shape.
+// that K and V are packed once. Where that leaves threads idle, tasks are ranges of
+// queries; in the backward, ranges of queries for dQ and ranges of keys for dK and
+// dV. No sum crosses tasks, and tiles lie where they lie in a whole sequence: the
+// bits do not depend on the number of threads. A tile is kTile query rows, a row
+// being one token and one head of the group, by kTile keys. The forward keeps a
+// running softmax and the log-sum-exp; the backward recomputes the probabilities
+// (FlashAttention-2, https://arxiv.org/abs/2307.08691). Products are oneDNN's
+// batch-reduce kernels, which use AMX tiles for bfloat16, in float32 sums. Shapes of
+// tiles are rounded up, because oneDNN compiles a kernel for each shape.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -52,6 +54,10 @@ INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
+INLINE int64_t round_down(int64_t x, int64_t multiple) {
+  return x / multiple * multiple;
+}
+
 INLINE int64_t panel_width(int64_t head_dim) {
   return head_dim % kPanel == 0 ? kPanel : kRound;
 }
@@ -81,6 +87,30 @@ INLINE float exp_nonpositive(float x) {
   return p * power;
 }
 
+// The same to 3e-6, which is enough for a result in bfloat16.
+INLINE float exp_coarse(float x) {
+  x = x < -87.f ? -87.f : x;
+  float n = x * 1.442695041f + 12582912.f;
+  int32_t bits;
+  std::memcpy(&bits, &n, 4);
+  float r = x * 1.442695041f - (n - 12582912.f);
+  float p = 0.0095701f;
+  p = p * r + 0.05591786f;
+  p = p * r + 0.24024745f;
+  p = p * r + 0.69312181f;
+  p = p * r + 0.99999926f;
+  int32_t power;
+  std::memcpy(&power, &p, 4);
+  power += bits << 23;
+  std::memcpy(&p, &power, 4);
+  return p;
+}
+
+template <typename T>
+INLINE float exp_for(float x) {
+  return std::is_same_v<T, BFloat16> ? exp_coarse(x) : exp_nonpositive(x);
+}
+
 INLINE float load(const float* from) { return *from; }
 INLINE float load(const BFloat16* from) {
   uint32_t bits = uint32_t(*reinterpret_cast<const uint16_t*>(from)) << 16;
@@ -93,14 +123,20 @@ INLINE void store(float* to, float x) { *to = x; }
 INLINE void store(BFloat16* to, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  // to nearest, ties to even; c10's own rounding has a branch, for NaN
+  // To nearest, ties to even. It is no special case of NaN: one from bfloat16 ends in
+  // zeros, as does one that arithmetic makes, so that it stays one.
   uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  uint32_t quiet = (bits >> 16) | 0x40;
-  bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  *reinterpret_cast<uint16_t*>(to) = uint16_t(is_nan ? quiet : rounded);
+  *reinterpret_cast<uint16_t*>(to) = uint16_t(rounded);
 }
 
 // ---- Which keys a query sees ----------------------------------------------------
+
+struct Range {  // of the tokens of a sequence
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return end - begin; }
+};
 
 struct Mask {
   int64_t length;
@@ -122,6 +158,12 @@ struct Mask {
     if (key >= length) return 0;
     return window < 0 ? length : std::min(length, key + window);
   }
+  Range keys_of(Range tokens) const {
+    return {first_key(tokens.begin), end_key(tokens.end - 1)};
+  }
+  Range tokens_of(Range keys) const {
+    return {first_token(keys.begin), end_token(keys.end - 1)};
+  }
 };
 
 // ---- Vectorized loops -----------------------------------------------------------
@@ -133,30 +175,38 @@ INLINE void softmax_rows(const float* scores, T* probs, int64_t rows,
                          int64_t group, int64_t token, int64_t key,
                          int64_t keys, Mask mask, float scale, float* maximum,
                          float* sum, float* out, int64_t head_dim, bool first) {
+  auto seen_by = [&](int64_t r) {
+    int64_t t = token + r / group;
+    int64_t lo = std::clamp<int64_t>(mask.first_key(t) - key, 0, keys);
+    return Range{lo, std::clamp<int64_t>(mask.end_key(t) - key, lo, keys)};
+  };
+  // A loop of its own, so that rows do not wait for each other's maximum.
+  float highest[kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* s = scores + r * kTile;
+    auto [lo, hi] = seen_by(r);
+    float most = -kInfinity;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = lo; j < hi; ++j) most = std::max(most, s[j] * scale);
+    highest[r] = most;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const float* s = scores + r * kTile;
     T* p = probs + r * kTile;
-    int64_t t = token + r / group;
-    int64_t lo = std::clamp<int64_t>(mask.first_key(t) - key, 0, keys);
-    int64_t hi = std::clamp<int64_t>(mask.end_key(t) - key, lo, keys);
-    float highest = -kInfinity;
-#pragma omp simd reduction(max : highest)
-    for (int64_t j = lo; j < hi; ++j) {
-      highest = std::max(highest, s[j] * scale);
-    }
+    auto [lo, hi] = seen_by(r);
     float before = maximum[r];
-    float now = std::max(before, highest);
+    float now = std::max(before, highest[r]);
     for (int64_t j = 0; j < lo; ++j) store(p + j, 0.f);
     float total = 0.f;
 #pragma omp simd reduction(+ : total)
     for (int64_t j = lo; j < hi; ++j) {
-      float e = exp_nonpositive(s[j] * scale - now);
+      float e = exp_for<T>(s[j] * scale - now);
       total += e;
       store(p + j, e);
     }
     for (int64_t j = hi; j < keys; ++j) store(p + j, 0.f);
     if (lo == hi) continue;
-    float factor = before == now ? 1.f : std::exp(before - now);
+    float factor = before == now ? 1.f : exp_nonpositive(before - now);
     sum[r] = sum[r] * factor + total;
     maximum[r] = now;
     if (first || factor == 1.f) continue;
@@ -202,7 +252,7 @@ INLINE void differentiate_key(const float* scores, const float* grad_probs,
   }
 #pragma omp simd
   for (int64_t r = lo; r < hi; ++r) {
-    float p = exp_nonpositive(scores[r] * scale - lse[r]);
+    float p = exp_for<T>(scores[r] * scale - lse[r]);
     store(probs + r, p);
     store(grad_scores + r, p * (grad_probs[r] - delta[r]) * scale);
   }
@@ -355,26 +405,87 @@ INLINE void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
 
 // ---- Tasks ----------------------------------------------------------------------
 
+struct Options {
+  float scale;
+  bool causal;
+  int64_t window;
+};
+
 struct Task {
   int64_t start;  // the sequence's first token
   int64_t length;
   int64_t kv_head;
+  Range queries;
+  Range keys;
+  bool grad_q = true;  // what a backward computes
+  bool grad_kv = true;
+
+  double work() const { return double(queries.size()) * keys.size(); }
 };
 
-// Long ones first, so that threads end together.
-std::vector<Task> make_tasks(const Tensor& cu_seqlens, int64_t kv_heads) {
+// [0, length) in ranges of `size`, but of whole tiles.
+std::vector<Range> ranges(int64_t length, double size, int64_t tile) {
+  int64_t step = round_up(std::ceil(size), tile);
+  std::vector<Range> result;
+  for (int64_t at = 0; at < length; at += step) {
+    result.push_back({at, std::min(at + step, length)});
+  }
+  return result;
+}
+
+// Long ones first, so that threads end together. Each has at most about half of a
+// thread's share; but a backward is split only where much is won, because its parts
+// compute the scores twice.
+std::vector<Task> make_tasks(const Tensor& cu_seqlens, int64_t kv_heads,
+                             Options options, int64_t tile_tokens,
+                             bool backward) {
   const int32_t* offsets = cu_seqlens.const_data_ptr<int32_t>();
+  int64_t sequences = cu_seqlens.numel() - 1;
+  auto work = [&](int64_t length) {
+    int64_t seen =
+        options.window < 0 ? length : std::min(length, options.window);
+    return double(length) * seen;
+  };
+  double total = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    total += kv_heads * work(offsets[i + 1] - offsets[i]);
+  }
   std::vector<Task> tasks;
-  for (int64_t i = 0; i + 1 < cu_seqlens.numel(); ++i) {
-    int64_t length = offsets[i + 1] - offsets[i];
+  for (int64_t i = 0; i < sequences; ++i) {
+    int64_t start = offsets[i], length = offsets[i + 1] - start;
+    double shares = work(length) / total * at::get_num_threads();
+    double size = length / (2 * shares);
+    Mask mask{length, options.window, options.causal};
     for (int64_t head = 0; length > 0 && head < kv_heads; ++head) {
-      tasks.push_back({offsets[i], length, head});
+      if (shares <= (backward ? 2 : 0.5)) {
+        tasks.push_back({start, length, head, {0, length}, {0, length}});
+        continue;
+      }
+      for (Range tokens : ranges(length, size, tile_tokens)) {
+        tasks.push_back({start, length, head, tokens, mask.keys_of(tokens),
+                         /*grad_q=*/true, /*grad_kv=*/false});
+      }
+      if (!backward) continue;
+      for (Range keys : ranges(length, size, kTile)) {
+        tasks.push_back({start, length, head, mask.tokens_of(keys), keys,
+                         /*grad_q=*/false, /*grad_kv=*/true});
+      }
     }
   }
   std::stable_sort(
       tasks.begin(), tasks.end(),
-      [](const Task& a, const Task& b) { return a.length > b.length; });
+      [](const Task& a, const Task& b) { return a.work() > b.work(); });
   return tasks;
+}
+
+// Keys of the longest task, from where a tile begins.
+int64_t most_keys(const std::vector<Task>& tasks) {
+  int64_t most = 0;
+  for (const Task& task : tasks) {
+    most = std::max(most, round_up(task.keys.end, kTile) -
+                              round_down(task.keys.begin, kTile));
+  }
+  return most;
 }
 
 // Calls make_worker() on each thread, and what it returns with each of its tasks.
@@ -406,12 +517,6 @@ class Arena {
   std::vector<std::unique_ptr<char[]>> blocks_;
 };
 
-struct Options {
-  float scale;
-  bool causal;
-  int64_t window;
-};
-
 // The rows of `x` that belong to one sequence and head.
 template <typename T>
 INLINE const T* rows_of(const Tensor& x, int64_t token, int64_t head) {
@@ -424,10 +529,9 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v,
              Tensor& lse) {
   int64_t heads = q.size(1), kv_heads = k.size(1), head_dim = q.size(2);
   int64_t group = heads / kv_heads, width = panel_width(head_dim);
-  auto tasks = make_tasks(cu_seqlens, kv_heads);
-  if (tasks.empty()) return;
-  int64_t capacity = round_up(tasks[0].length, kPanel);
   int64_t tile_tokens = kTile / group;
+  auto tasks = make_tasks(cu_seqlens, kv_heads, options, tile_tokens, false);
+  int64_t capacity = most_keys(tasks);
   T* out_data = out.mutable_data_ptr<T>();
   float* lse_data = lse.mutable_data_ptr<float>();
 
@@ -446,37 +550,39 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v,
     std::memset(probs, 0, kTile * kTile * sizeof(T));
 
     return [=, &q, &k, &v](const Task& task) {
-      int64_t length = task.length, padded = round_up(length, kPanel);
-      Mask mask{length, options.window, options.causal};
-      gather(rows_of<T>(k, task.start, task.kv_head), k.stride(0), 0, 1, length,
-             padded, head_dim, gathered);
+      Mask mask{task.length, options.window, options.causal};
+      int64_t base = round_down(task.keys.begin, kPanel);
+      int64_t count = task.keys.end - base, padded = round_up(count, kPanel);
+      gather(rows_of<T>(k, task.start + base, task.kv_head), k.stride(0), 0, 1,
+             count, padded, head_dim, gathered);
       pack_transposed(gathered, padded, head_dim, keys_t);
-      gather(rows_of<T>(v, task.start, task.kv_head), v.stride(0), 0, 1, length,
-             padded, head_dim, gathered);
+      gather(rows_of<T>(v, task.start + base, task.kv_head), v.stride(0), 0, 1,
+             count, padded, head_dim, gathered);
       pack(gathered, padded, head_dim, capacity, width, values);
-      for (int64_t token = 0; token < length; token += tile_tokens) {
-        int64_t tokens = std::min(tile_tokens, length - token);
+      for (int64_t token = task.queries.begin; token < task.queries.end;
+           token += tile_tokens) {
+        int64_t tokens = std::min(tile_tokens, task.queries.end - token);
         int64_t rows = tokens * group, padded_rows = round_up(rows, kRound);
         gather(rows_of<T>(q, task.start + token, task.kv_head * group),
                q.stride(0), q.stride(1), group, rows, padded_rows, head_dim,
                queries);
         std::fill_n(maximum, rows, -kInfinity);
         std::fill_n(total, rows, 0.f);
-        int64_t first = mask.first_key(token) / kPanel * kPanel;
+        int64_t first = round_down(mask.first_key(token), kPanel);
         int64_t end = mask.end_key(token + tokens - 1);
         for (int64_t key = first; key < end; key += kTile) {
           int64_t keys = std::min(kTile, round_up(end - key, kPanel));
           for (int64_t j = 0; j < keys; j += kPanel) {
             multiply(padded_rows, kPanel, head_dim, queries, head_dim,
-                     keys_t + (key + j) * head_dim, kPanel, scores + j, kTile,
-                     false);
+                     keys_t + (key - base + j) * head_dim, kPanel, scores + j,
+                     kTile, false);
           }
           softmax(scores, probs, rows, group, token, key, keys, mask,
                   options.scale, maximum, total, sums, head_dim, key == first);
           for (int64_t c = 0; c < head_dim; c += width) {
             multiply(padded_rows, width, keys, probs, kTile,
-                     values + c * capacity + key * width, width, sums + c,
-                     head_dim, key != first);
+                     values + c * capacity + (key - base) * width, width,
+                     sums + c, head_dim, key != first);
           }
         }
         for (int64_t r = 0; r < rows; ++r) {
@@ -503,10 +609,9 @@ void backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
   constexpr bool pairs = std::is_same_v<T, BFloat16>;
   int64_t heads = q.size(1), kv_heads = k.size(1), head_dim = q.size(2);
   int64_t group = heads / kv_heads, width = panel_width(head_dim);
-  auto tasks = make_tasks(cu_seqlens, kv_heads);
-  if (tasks.empty()) return;
-  int64_t capacity = round_up(tasks[0].length, kTile);
   int64_t tile_tokens = kTile / group;
+  auto tasks = make_tasks(cu_seqlens, kv_heads, options, tile_tokens, true);
+  int64_t capacity = most_keys(tasks);
   const T* out_data = out.const_data_ptr<T>();
   const float* lse_data = lse.const_data_ptr<float>();
   T* grad_q_data = grad_q.mutable_data_ptr<T>();
@@ -538,17 +643,19 @@ void backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
     T* scores_grad_packed = arena->take<T>(kTile * kTile);
 
     return [=, &grad_out, &q, &k, &v](const Task& task) {
-      int64_t length = task.length, padded = round_up(length, kRound);
-      Mask mask{length, options.window, options.causal};
-      gather(rows_of<T>(k, task.start, task.kv_head), k.stride(0), 0, 1, length,
-             padded, head_dim, keys);
-      gather(rows_of<T>(v, task.start, task.kv_head), v.stride(0), 0, 1, length,
-             padded, head_dim, values);
+      Mask mask{task.length, options.window, options.causal};
+      int64_t base = round_down(task.keys.begin, kTile);
+      int64_t present = task.keys.end - base, padded = round_up(present, kRound);
+      gather(rows_of<T>(k, task.start + base, task.kv_head), k.stride(0), 0, 1,
+             present, padded, head_dim, keys);
+      gather(rows_of<T>(v, task.start + base, task.kv_head), v.stride(0), 0, 1,
+             present, padded, head_dim, values);
       transpose_blocks(keys, padded, head_dim, keys_t);
       std::fill_n(keys_grad, padded * head_dim, 0.f);
       std::fill_n(values_grad, padded * head_dim, 0.f);
-      for (int64_t token = 0; token < length; token += tile_tokens) {
-        int64_t tokens = std::min(tile_tokens, length - token);
+      for (int64_t token = round_down(task.queries.begin, tile_tokens);
+           token < task.queries.end; token += tile_tokens) {
+        int64_t tokens = std::min(tile_tokens, task.length - token);
         int64_t rows = tokens * group, padded_rows = round_up(rows, kPanel);
         int64_t head = task.kv_head * group;
         auto row_of = [&](int64_t r) {
@@ -569,11 +676,13 @@ void backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
           delta[r] = dot(grads + r * head_dim,
                          out_data + row_of(r) * head_dim, head_dim);
         }
-        int64_t first = mask.first_key(token) / kTile * kTile;
+        int64_t first = round_down(mask.first_key(token), kTile);
+        first = std::max(first, base);
         int64_t end = mask.end_key(token + tokens - 1);
+        end = std::min(end, task.keys.end);
         for (int64_t key = first; key < end; key += kTile) {
           int64_t count = std::min(kTile, round_up(end - key, kRound));
-          int64_t at = key * head_dim;
+          int64_t at = (key - base) * head_dim;
           for (int64_t r = 0; r < padded_rows; r += kPanel) {
             multiply(count, kPanel, head_dim, keys + at, head_dim,
                      queries_t + r * head_dim, kPanel, scores + r, kTile,
@@ -587,33 +696,33 @@ void backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
           differentiate(scores, probs_grad, probs, scores_grad,
                         scores_grad_packed, key, count, token, tokens, group,
                         padded_rows, mask, options.scale, row_lse, delta);
-          for (int64_t c = 0; c < head_dim; c += width) {
+          for (int64_t c = 0; task.grad_kv && c < head_dim; c += width) {
             multiply(count, width, padded_rows, probs, kTile,
                      grads_packed + c * kTile, width, values_grad + at + c,
                      head_dim, true);
           }
-          for (int64_t c = 0; c < head_dim; c += width) {
+          for (int64_t c = 0; task.grad_kv && c < head_dim; c += width) {
             multiply(count, width, padded_rows, scores_grad, kTile,
                      queries_packed + c * kTile, width, keys_grad + at + c,
                      head_dim, true);
           }
-          for (int64_t r = 0; r < padded_rows; r += kPanel) {
+          for (int64_t r = 0; task.grad_q && r < padded_rows; r += kPanel) {
             multiply(head_dim, kPanel, count, keys_t + at, kTile,
                      pairs ? scores_grad_packed + r * kTile : scores_grad + r,
                      pairs ? kPanel : kTile, queries_grad_t + r, kTile,
                      key != first);
           }
         }
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; task.grad_q && r < rows; ++r) {
           T* to = grad_q_data + row_of(r) * head_dim;
           for (int64_t c = 0; c < head_dim; ++c) {
             store(to + c, queries_grad_t[c * kTile + r]);
           }
         }
       }
-      for (int64_t key = 0; key < length; ++key) {
+      for (int64_t key = 0; task.grad_kv && key < present; ++key) {
         int64_t at =
-            ((task.start + key) * kv_heads + task.kv_head) * head_dim;
+            ((task.start + base + key) * kv_heads + task.kv_head) * head_dim;
         for (int64_t c = 0; c < head_dim; ++c) {
           store(grad_k_data + at + c, keys_grad[key * head_dim + c]);
           store(grad_v_data + at + c, values_grad[key * head_dim + c]);

@@ -139,6 +139,7 @@ def check_expert_groups(context: ParallelContext) -> None:
     assert context.device_mesh().shape == (2, 1, 1, 2)
     groups = context.megatron_groups()
     assert groups.ep is groups.tp_ep is context.get_ep_process_group()
+    assert groups.tp_dp_cp is groups.ep  # all ranks of a stage
     assert groups.expt_tp.size() == groups.expt_dp.size() == 1
 
 

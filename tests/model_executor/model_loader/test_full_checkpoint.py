@@ -223,12 +223,16 @@ def load_dtensors(context):
     assert torch.equal(model[1].bias.to_local(), weights["1.bias"])
 
 
+def load_all_kinds(context):
+    """Together, because starting the ranks takes most of the time."""
+    load_vllm_layers(context)
+    load_megatron_layers(context)
+    load_dtensors(context)
+
+
 @pytest.mark.parametrize("tensor_parallel_size", SIZES)
-@pytest.mark.parametrize(
-    "function", [load_vllm_layers, load_megatron_layers, load_dtensors]
-)
-def test_every_rank_takes_its_shard(function, tensor_parallel_size, tmp_path):
-    run_ranks(function, tmp_path, tensor_parallel_size)
+def test_every_rank_takes_its_shard(tensor_parallel_size, tmp_path):
+    run_ranks(load_all_kinds, tmp_path, tensor_parallel_size)
 
 
 def load_stages(context):
@@ -318,6 +322,52 @@ def load_megatron_stages(context):
         assert torch.equal(tensor, whole[name]), name
 
 
+def load_megatron_experts(context):
+    """Experts find their place; without expert parallelism all ranks divide each."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    def build(groups):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=2,
+            use_cpu_initialization=True,
+            add_bias_linear=False,
+            num_moe_experts=4,
+            moe_ffn_hidden_size=12,
+            tensor_model_parallel_size=groups.tp.size(),
+            expert_model_parallel_size=groups.ep.size(),
+            expert_tensor_parallel_size=groups.expt_tp.size(),
+        )
+        spec = get_moe_module_spec(use_te=False, num_experts=4)
+        return build_module(spec, config=config, pg_collection=groups)
+
+    alone = context.megatron_groups()
+    for name in ("tp", "tp_cp", "ep", "tp_ep", "expt_tp"):
+        setattr(alone, name, alone.cp)  # of one rank
+    whole = tensors_of(
+        {
+            name: t.shape
+            for name, t in build(alone).state_dict().items()
+            if t is not None
+        }
+    )
+    module = build(context.megatron_groups())
+    load_full_checkpoint(module, whole.items(), context)
+    experts = module.experts.local_experts
+    first = context.expert_parallel_rank * len(experts)
+    assert len(experts) == 4 // context.expert_parallel_size
+    for index, expert in enumerate(experts):
+        stem = f"experts.local_experts.{first + index}"
+        for name, axis in {"linear_fc1.weight": 0, "linear_fc2.weight": 1}.items():
+            expected = whole[f"{stem}.{name}"]
+            if context.expert_parallel_size == 1:
+                expected = slice_of(expected, axis, context)
+            assert torch.equal(expert.get_parameter(name), expected), f"{stem}.{name}"
+
+
 def load_experts(context):
     """Each expert-parallel rank takes its experts."""
     rank = context.expert_parallel_rank
@@ -327,10 +377,24 @@ def load_experts(context):
     assert torch.equal(module[str(rank)].weight, weights[f"{rank}.weight"])
 
 
-@pytest.mark.parametrize("function", [load_stages, load_megatron_stages])
-def test_every_stage_takes_its_part(function, tmp_path):
-    run_ranks(function, tmp_path, pipeline_parallel_size=2)
+def load_all_stages(context):
+    load_stages(context)
+    load_megatron_stages(context)
+
+
+def test_every_stage_takes_its_part(tmp_path):
+    run_ranks(load_all_stages, tmp_path, pipeline_parallel_size=2)
 
 
 def test_every_rank_takes_its_experts(tmp_path):
     run_ranks(load_experts, tmp_path, data_parallel_size=2, enable_expert_parallel=True)
+
+
+@pytest.mark.parametrize("enable_expert_parallel", [False, True])
+def test_megatron_experts(enable_expert_parallel, tmp_path):
+    run_ranks(
+        load_megatron_experts,
+        tmp_path,
+        tensor_parallel_size=2,
+        enable_expert_parallel=enable_expert_parallel,
+    )

@@ -58,8 +58,11 @@ def test_shards_replace_earlier_links(tmp_path):
         assert links_in(tmp_path).keys() == {*shards, index}
 
 
-@pytest.mark.parametrize("real", ["model.safetensors", "other.bin"])
-def test_weights_of_its_own_are_kept_without_force(tmp_path, real):
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("real", ["model.safetensors", INDEX])
+def test_weights_of_its_own_are_replaced_with_force_only(tmp_path, real):
     save(tmp_path / "checkpoints/checkpoint-1", "model.safetensors")
     (tmp_path / real).write_text("the only copy")
     with pytest.raises(FileExistsError, match=f"which are not links: {real}. Move the"):
@@ -68,7 +71,32 @@ def test_weights_of_its_own_are_kept_without_force(tmp_path, real):
     assert not links_in(tmp_path)
     link_checkpoint(tmp_path, force=True)
     assert links_in(tmp_path).keys() == {"model.safetensors"}
-    assert not (tmp_path / "other.bin").exists()
+    assert not (tmp_path / INDEX).exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "real"),
+    [("model.safetensors", "other.safetensors"), ("model.bin", "other.safetensors")],
+)
+def test_weights_of_other_names_are_never_deleted(tmp_path, saved, real):
+    save(tmp_path / "checkpoints/checkpoint-1", saved)
+    for name in (real, saved):
+        (tmp_path / name).write_text("the only copy")
+    with pytest.raises(FileExistsError, match=f"checkpoint-1, or instead: {real}. Mov"):
+        link_checkpoint(tmp_path, force=True)
+    for name in (real, saved):
+        assert (tmp_path / name).read_text() == "the only copy"
+
+
+def test_weights_that_vllm_does_not_read_are_left_alone(tmp_path):
+    save(tmp_path / "checkpoints/checkpoint-1", "model.pt")
+    link_checkpoint(tmp_path)
+    save(tmp_path / "checkpoints/checkpoint-2", "model.safetensors")
+    (tmp_path / "other.bin").write_text("the only copy")
+    for force in (False, True):
+        link_checkpoint(tmp_path, force=force)
+        assert (tmp_path / "other.bin").read_text() == "the only copy"
+        assert links_in(tmp_path).keys() == {"model.safetensors"}
 
 
 def test_nothing_to_link(tmp_path):

@@ -252,6 +252,7 @@ class TestServing:
 
         class Negated(TinyModel):
             def compute_logits(self, hidden_states):
+                assert not self.training  # nor when it is tried
                 return -self.lm_head(hidden_states)
 
         ModelRegistry.register_model("TinyModel", lambda c, p: Negated())

@@ -20,6 +20,7 @@ from layout_models import (
     EXPERTS,
     Stage,
     build_dtensor,
+    build_fused,
     build_megatron,
     build_parallel,
     build_plain,
@@ -41,6 +42,8 @@ KINDS = {
     "vllm layers": (build_parallel, {}, {}),
     "dtensor": (build_dtensor, {}, {}),
     "experts": (build_parallel, EXPERTS, {"enable_expert_parallel": True}),
+    # Without expert parallelism, which vLLM's fused experts lack on a CPU.
+    "fused experts": (build_fused, EXPERTS, {}),
     "megatron": (build_megatron, {}, {}),
     "plan": (build_planned, {}, {}),
 }
@@ -55,7 +58,9 @@ ON_CPU = [
     ("vllm layers", "alone"),
     ("dtensor", "alone"),
     ("experts", "alone"),
+    ("fused experts", "alone"),
     ("dtensor", "tp2"),
+    ("fused experts", "tp2"),
     ("dtensor", "tp2-pp2"),
     ("experts", "tp2-pp2"),
 ]

@@ -8,10 +8,11 @@ have and how this rank takes its part.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
 
 # Names that libraries add to a state dict for data that is not a weight.
 EXTRA_STATE = "_extra_state"
@@ -129,8 +130,8 @@ def load_full_checkpoint(
 
     A pipeline stage fills its own part, as does an expert-parallel rank: a tensor is
     surplus only if no rank takes it, and all these ranks have to load together.
-    megatron-core numbers the layers of a stage from 0; here they have the names that
-    they have in the whole model.
+    megatron-core numbers the layers of a stage, and the experts of a rank, from 0; here
+    they have the names that they have in the whole model.
 
     Args:
         module: its parameters and buffers may be plain, DTensors, megatron-core's
@@ -197,37 +198,39 @@ def _names_of_all_ranks(names: set[str], context: ParallelContext) -> set[str]:
     if context.expert_parallel_size > 1:
         groups.append(get_ep_group())
     for group in groups:
-        gathered: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(gathered, names, group.cpu_group)
-        names = set().union(*gathered)
+        texts = all_gather_text("\n".join(sorted(names)), group.cpu_group)
+        names = {name for text in texts for name in text.split("\n")}
     return names
 
 
 def _full_names(module: nn.Module) -> dict[str, str]:
     """The name in the whole model of each entry of `module`'s state dict.
 
-    Only a pipeline stage of megatron-core has others: it numbers its layers from 0,
-    though each knows its place, and its output layer may be a copy of the first
-    stage's embedding. Renamed as in megatron-core's own `sharded_state_dict`.
+    Only megatron-core's modules have others. It numbers from 0 the layers of a
+    pipeline stage, though each knows its place, and the experts of a rank; and the
+    last stage's output layer may be a copy of the first stage's embedding. Renamed as
+    in megatron-core's own `sharded_state_dict`.
     """
     tensors = module.state_dict(keep_vars=True)
     names = {name: name for name in tensors}
     megatron = sys.modules.get("megatron.core.transformer.module")
     if megatron is None:
         return names
-    for path, layer in module.named_modules():
-        stem, _, index = path.rpartition(".")
-        number = getattr(layer, "layer_number", None)  # counts from 1
-        if (
-            isinstance(layer, megatron.MegatronModule)
-            and index.isdecimal()
-            and isinstance(number, int)
-        ):
-            place = f"{stem}.{number - 1}."
-            for name in tensors:
-                if name.startswith(f"{path}."):
-                    names[name] = place + name.removeprefix(f"{path}.")
+    places: dict[str, int] = {}  # by path, of a module in its list
+    for path, part in module.named_modules():
+        if not isinstance(part, megatron.MegatronModule):
+            continue
+        number = getattr(part, "layer_number", None)  # counts from 1
+        if path.rpartition(".")[2].isdecimal() and isinstance(number, int):
+            places[path] = number - 1
+        experts = getattr(part, "local_experts", ())
+        for index in range(len(experts)):
+            place = part.ep_group.rank() * len(experts) + index
+            places[f"{path}.local_experts.{index}"] = place
     for name, tensor in tensors.items():
+        paths = itertools.accumulate(name.split("."), "{}.{}".format)
+        parts = [str(places.get(p, p.rpartition(".")[2])) for p in paths]
+        names[name] = ".".join(parts)
         if getattr(tensor, "shared", False):  # Megatron's mark of such a copy
             stem = name.removesuffix("output_layer.weight")
             names[name] = f"{stem}embedding.word_embeddings.weight"
@@ -242,6 +245,8 @@ def _sharded_tensors(
             continue
         if isinstance(tensor, DTensor):
             yield name, DistributedTensor(tensor)
+        elif getattr(tensor, "allreduce", True) is False:
+            yield name, PlainTensor(tensor)  # Megatron's mark of a whole expert
         elif getattr(tensor, "tensor_model_parallel", False):
             yield name, MegatronTensor(tensor, context)
         elif hasattr(tensor, "weight_loader"):

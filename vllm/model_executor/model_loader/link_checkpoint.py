@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm.model_executor.model_loader.weight_utils import (
@@ -20,7 +21,6 @@ from vllm.model_executor.model_loader.weight_utils import (
 
 # In the order in which vLLM's loader looks for them; the first that has files counts.
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
-INDEX_FILES = ("*.safetensors.index.json", "*.bin.index.json")
 
 
 def link_checkpoint(
@@ -34,14 +34,16 @@ def link_checkpoint(
             `checkpoints/checkpoint-10`.
         checkpoint: One of them, by name or path. Default: the newest, by the
             `global_step` of its `trainer_state.json`, else by the number in its name.
-        force: Delete weight files in `directory` that are no links.
+        force: Replace files in `directory` that are no links but have the name of one,
+            and an index of such weights, which would hide the links.
 
     Returns:
         The links.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or it has no weights.
-        FileExistsError: `directory` has weight files that are no links.
+        FileExistsError: `directory` has such files and `force` is False, or weights of
+            other names, which vLLM would read, too. Nothing was changed.
 
     """
     directory = Path(directory)
@@ -51,19 +53,25 @@ def link_checkpoint(
         raise FileNotFoundError(
             f"{source} has no weights: expected {', '.join(WEIGHT_FILES)}."
         )
-    # Any other weight file beside the new ones would be loaded with them.
-    there = {path for pattern in WEIGHT_FILES for path in directory.glob(pattern)}
-    there |= {path for pattern in INDEX_FILES for path in directory.glob(pattern)}
-    there = set(map(Path, filter_files_not_needed_for_inference(list(map(str, there)))))
-    real = sorted(path.name for path in there if not path.is_symlink())
-    if real and not force:
+    links = [directory / file.name for file in files]
+    # What vLLM would read in the place of the links, or with them.
+    kinds = WEIGHT_FILES[: WEIGHT_FILES.index(f"*{files[0].suffix}") + 1]
+    own = [path for path in _files(directory, kinds) if not path.is_symlink()]
+    beside = [p.name for p in own if p not in links and p.suffix != ".json"]
+    if beside:
+        raise FileExistsError(
+            f"{directory} has weights of its own, which vLLM would read beside those "
+            f"of {source.name}, or instead: {', '.join(beside)}. Move them away."
+        )
+    if own and not force:
         raise FileExistsError(
             f"{directory} has weights of its own, which are not links: "
-            f"{', '.join(real)}. Move them away, or delete them with --force."
+            f"{', '.join(path.name for path in own)}. Move them away, or replace them "
+            "with --force."
         )
-    for path in there:
+    earlier = [path for path in _files(directory, WEIGHT_FILES) if path.is_symlink()]
+    for path in (*own, *earlier):
         path.unlink()
-    links = [directory / file.name for file in files]
     for link, file in zip(links, files, strict=True):
         link.symlink_to(os.path.relpath(file.resolve(), directory.resolve()))
     return links
@@ -101,14 +109,19 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def _weights(checkpoint: Path) -> list[Path]:
-    """The weight files of a checkpoint, of one kind, and their index."""
-    for pattern in WEIGHT_FILES:
-        paths = sorted(map(str, checkpoint.glob(pattern)))
-        if files := filter_files_not_needed_for_inference(paths):
-            index = [path for p in INDEX_FILES for path in checkpoint.glob(p)]
-            kind = pattern.removeprefix("*")
-            return [*map(Path, files), *(p for p in index if f"{kind}." in p.name)]
+    """The weight files of a checkpoint, of one kind, then their index."""
+    for kind in WEIGHT_FILES:
+        files = _files(checkpoint, [kind])
+        if files and files[0].suffix != ".json":
+            return files
     return []
+
+
+def _files(directory: Path, kinds: Sequence[str]) -> list[Path]:
+    """The weight files of these kinds, then their indices."""
+    paths = [path for kind in kinds for path in sorted(directory.glob(kind))]
+    paths += [path for kind in kinds for path in directory.glob(f"{kind}.index.json")]
+    return [*map(Path, filter_files_not_needed_for_inference(list(map(str, paths))))]
 
 
 def main() -> None:
@@ -122,7 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="delete weight files in the directory that are no links",
+        help="replace files that are no links but have the names of new ones",
     )
     args = parser.parse_args()
     try:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import cloudpickle
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from vllm.compilation.registered_model import (
@@ -30,7 +29,7 @@ from vllm.compilation.registered_model import (
     round_as_eager_if_invariant,
 )
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -46,7 +45,7 @@ from vllm.model_executor.models.registry import (
     _try_inspect_model_cls,
     _try_load_model_cls,
 )
-from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel, auto_map_model
 from vllm.utils.func_utils import _supports_kw
@@ -284,6 +283,7 @@ class CallableModelWrapper(nn.Module):
                 {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
             )
         enter_stage("trying the model on a few tokens")
+        self.eval()  # vLLM does so once the model is loaded
         with (
             set_current_vllm_config(self._vllm_config),
             set_forward_context(None, self._vllm_config, num_tokens=tokens),
@@ -555,8 +555,7 @@ def _check_same_on_all_ranks(
         ValueError: rank 0 has another; the same on every rank.
 
     """
-    group = context.get_tp_process_group()
-    if group is None or context.tensor_parallel_size == 1:
+    if context.tensor_parallel_size == 1:
         return
     lines = [f"the class {type(module).__module__}.{type(module).__qualname__}"]
     if context.expert_parallel_size == 1:
@@ -565,7 +564,7 @@ def _check_same_on_all_ranks(
             for name, tensor in module.state_dict(keep_vars=True).items()
             if isinstance(tensor, torch.Tensor)
         ]
-    texts = _all_gather_text("\n".join(lines), group)
+    texts = all_gather_text("\n".join(lines), get_tp_group().cpu_group)
     for rank, text in enumerate(texts):
         if text != texts[0]:
             pairs = zip_longest(texts[0].split("\n"), text.split("\n"))
@@ -576,24 +575,6 @@ def _check_same_on_all_ranks(
                 f"{other or 'no more tensors'}. Build the same module on every rank, "
                 "each with its shards."
             )
-
-
-def _all_gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
-    """Every rank's text, by rank. Not pickled: peers are not to be trusted so far."""
-    device = torch.get_default_device()
-    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    length = torch.tensor([len(encoded)], device=device)
-    lengths = [torch.empty_like(length) for _ in range(group.size())]
-    dist.all_gather(lengths, length, group=group)
-    longest = max(map(int, lengths))
-    padded = encoded.new_zeros(longest)
-    padded[: len(encoded)] = encoded
-    gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded, group=group)
-    return [
-        bytes(chunk[: int(size)].tolist()).decode()
-        for chunk, size in zip(gathered, lengths, strict=True)
-    ]
 
 
 def _annotated_class(factory: ModelFactory) -> type[nn.Module] | None:

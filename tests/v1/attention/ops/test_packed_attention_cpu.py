@@ -125,19 +125,23 @@ def test_strides_of_a_fused_projection(dtype):
 
 @compiled
 @takes
-def test_bits_do_not_depend_on_threads_or_neighbours(dtype):
+@pytest.mark.parametrize("causal, window", [(True, None), (False, 40)])
+def test_bits_do_not_depend_on_threads_or_neighbours(dtype, causal, window):
+    """Eight threads split the longer sequence."""
+    params = PARAMS._replace(causal=causal, sliding_window=window)
     tensors = inputs(8, 2, 64, dtype, 330)
 
     def attend(*lengths):
         sequences = sequences_of(lengths)
         return lambda *qkv: packed_attention_cpu.packed_attention(
-            *qkv, sequences, PARAMS
+            *qkv, sequences, params
         )
 
     before = torch.get_num_threads()
-    expected = results(attend(300, 30), tensors)
     try:
-        torch.set_num_threads(before + 3)
+        torch.set_num_threads(1)
+        expected = results(attend(300, 30), tensors)
+        torch.set_num_threads(8)
         threads = results(attend(300, 30), tensors)
     finally:
         torch.set_num_threads(before)
@@ -179,12 +183,19 @@ def test_compiled_it_is_one_graph_with_the_same_bits(dtype):
 
 
 @compiled
-def test_nan_is_not_hidden():
-    q, k, v, _ = inputs(2, 1, 32, torch.float32, 20)
-    q[7] = torch.nan
-    out = packed_attention_cpu.packed_attention(q, k, v, sequences_of((20,)), PARAMS)
-    assert out[7].isnan().all()
-    assert not out[:7].isnan().any() and not out[8:].isnan().any()
+@takes
+def test_nan_is_not_hidden(dtype):
+    tensors = inputs(2, 1, 32, dtype, 20)
+    tensors[0][7] = torch.nan
+    sequences = sequences_of((20,))
+    out, dq, _, dv = results(
+        lambda *qkv: packed_attention_cpu.packed_attention(*qkv, sequences, PARAMS),
+        tensors,
+    )
+    for x in (out, dq):
+        assert x[7].isnan().all()
+        assert not x[:7].isnan().any() and not x[8:].isnan().any()
+    assert dv[:8].isnan().all() and not dv[8:].isnan().any()
 
 
 @compiled
