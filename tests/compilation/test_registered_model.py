@@ -13,9 +13,12 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from vllm import ModelRegistry, SamplingParams
+from vllm.compilation.backends import split_graph
+from vllm.compilation.piecewise_backend import get_fake_args_from_graph
 from vllm.compilation.registered_model import add_to_compile_hash
 from vllm.model_executor.parallel_context import ParallelContext
 
+X = torch.ones(4, 2)
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
 
 
@@ -115,6 +118,21 @@ class Untraceable(TinyModel):
         if float(positions.sum()) < 0:  # depends on data
             raise ValueError("negative positions")
         return super().forward(input_ids, positions)
+
+
+def test_a_piece_that_switches_the_grad_mode_has_all_its_inputs() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.ops.aten.relu.default(x) * x
+
+    graphs = []
+    torch.compile(forward, backend=lambda graph, _: graphs.append(graph) or graph)(X)
+    split, items = split_graph(graphs[0], ["aten::relu"])
+    last = items[-1].graph
+    first = next(iter(last.graph.nodes))
+    assert first.op == "call_function"  # the switch, so the test is of this case
+    inputs = get_fake_args_from_graph(last)
+    assert len(inputs) == len(last.graph.find_nodes(op="placeholder")) == 2
 
 
 @pytest.mark.engine

@@ -62,7 +62,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
         except Exception as error:
             # Of any type, if it is compiled ahead of time. One that is the module's
             # own comes again from the eager run.
-            if self.compiled:
+            if self.do_not_compile or self.compiled:
                 raise
             self.do_not_compile = True
             logger.warning(
