@@ -49,8 +49,9 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     init, call = decorated.__init__, decorated.__call__
 
     @functools.wraps(init)
-    def init_and_choose(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+    def init_and_choose(self: Any, *, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        _round_as_eager_if_invariant(vllm_config)
+        init(self, vllm_config=vllm_config, **kwargs)
         if any(map(is_traceable_wrapper_subclass, self.module.parameters())):
             # Traced, a DTensor keeps the number of tokens of its first call, and
             # without guards nothing would notice.
@@ -79,7 +80,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     return decorated
 
 
-def round_as_eager_if_invariant(vllm_config: VllmConfig) -> None:
+def _round_as_eager_if_invariant(vllm_config: VllmConfig) -> None:
     """With `VLLM_BATCH_INVARIANT`, set the options of `eager_rounding` for Inductor."""
     config = vllm_config.compilation_config
     if envs.VLLM_BATCH_INVARIANT and config.mode != CompilationMode.NONE:

@@ -26,7 +26,6 @@ from torch import nn
 from vllm.compilation.registered_model import (
     add_to_compile_hash,
     compile_if_possible,
-    round_as_eager_if_invariant,
 )
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
@@ -105,7 +104,6 @@ class CallableModelWrapper(nn.Module):
             self.__dict__[table] = module.__dict__[table]
 
         add_to_compile_hash(module, vllm_config)
-        round_as_eager_if_invariant(vllm_config)
 
         self._arch = arch
         self._vllm_config = vllm_config
