@@ -22,6 +22,12 @@ X = torch.ones(4, 2)
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
 
 
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """The global registry, restored after the test."""
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+
+
 def digest(module: nn.Module) -> str:
     config = SimpleNamespace(additional_config={"user": 1})
     add_to_compile_hash(module, config)
