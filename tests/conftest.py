@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import save_file
 
 # Before vllm is imported: one thread a process, and no look-up on a hub.
@@ -39,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
     available = torch.cuda.device_count()
+    if available:  # a reference's pool of threads does not survive the fork of workers
+        torch.set_num_threads(1)
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker is None:
@@ -57,8 +58,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     path = config.getoption("--results")
     if path is None:
         return
-    import torch
-
     import vllm
 
     outcomes = {

@@ -10,12 +10,16 @@ import pytest
 import torch
 from tiny_model import TinyModel, greedy, trained_model
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.compilation.backends import split_graph
 from vllm.compilation.piecewise_backend import get_fake_args_from_graph
-from vllm.compilation.registered_model import add_to_compile_hash
+from vllm.compilation.registered_model import (
+    SeparateResidualPass,
+    add_to_compile_hash,
+)
 from vllm.model_executor.parallel_context import ParallelContext
 
 X = torch.ones(4, 2)
@@ -50,6 +54,29 @@ def with_closure(value: float) -> nn.Module:
     module = nn.Identity()
     module.function = lambda x: x * value
     return module
+
+
+def test_a_sum_with_the_residual_is_no_part_of_the_product() -> None:
+    down, biased = nn.Linear(8, 16, bias=False), nn.Linear(8, 16)
+    norm = nn.RMSNorm(16)
+
+    def layer(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x + down(y)
+        return x, norm(x), norm(biased(y))
+
+    def compile_with(**options: SeparateResidualPass) -> tuple:
+        torch._dynamo.reset()
+        options["fx_graph_cache"] = False
+        compiled = torch.compile(layer, options=options)
+        with torch.no_grad():
+            return run_and_get_code(compiled, torch.ones(4, 16), torch.ones(4, 8))
+
+    _, (code,) = compile_with()
+    assert code.count("extern_kernels.addmm(") == 2
+    outputs, (code,) = compile_with(post_grad_custom_post_pass=SeparateResidualPass())
+    assert code.count("extern_kernels.addmm(") == 1  # with the bias
+    for x, y in zip(outputs, layer(torch.ones(4, 16), torch.ones(4, 8)), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_equal_modules_share_compiled_code() -> None:

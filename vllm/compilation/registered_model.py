@@ -17,15 +17,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import vllm.envs as envs
 from vllm.compilation.decorators import support_torch_compile
+from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, VllmConfig
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
+
+aten = torch.ops.aten
 
 # Axes along which the arguments of a model's forward vary from step to step.
 TOKEN_AXES: dict[str, int | list[int] | dict[int, str]] = {
@@ -50,7 +53,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
 
     @functools.wraps(init)
     def init_and_choose(self: Any, *, vllm_config: VllmConfig, **kwargs: Any) -> None:
-        _round_as_eager_if_invariant(vllm_config)
+        _set_inductor_options(vllm_config)
         init(self, vllm_config=vllm_config, **kwargs)
         if any(map(is_traceable_wrapper_subclass, self.module.parameters())):
             # Traced, a DTensor keeps the number of tokens of its first call, and
@@ -80,10 +83,12 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     return decorated
 
 
-def _round_as_eager_if_invariant(vllm_config: VllmConfig) -> None:
-    """With `VLLM_BATCH_INVARIANT`, set the options of `eager_rounding` for Inductor."""
+def _set_inductor_options(vllm_config: VllmConfig) -> None:
+    """Add the pass below, or with `VLLM_BATCH_INVARIANT` those of `eager_rounding`."""
     config = vllm_config.compilation_config
-    if envs.VLLM_BATCH_INVARIANT and config.mode != CompilationMode.NONE:
+    if config.mode == CompilationMode.NONE:
+        return
+    if envs.VLLM_BATCH_INVARIANT:
         from vllm.compilation import eager_rounding
 
         dtype = vllm_config.model_config.dtype
@@ -91,6 +96,31 @@ def _round_as_eager_if_invariant(vllm_config: VllmConfig) -> None:
         config.inductor_compile_config |= eager_rounding.options_for(
             dtype, vllm_config.device_config.device_type
         )
+    else:
+        config.inductor_compile_config.setdefault(
+            "post_grad_custom_post_pass", SeparateResidualPass()
+        )
+
+
+class SeparateResidualPass(InductorPass):
+    """Takes sums with a residual stream out of the matrix products before them.
+
+    Inductor makes one `addmm` of both, which begins by copying the residual. A sum of
+    its own is fused into the norm that follows. The sums with a bias stay.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            residual, a, b = node.args
+            if node.kwargs or residual.meta["val"].dim() < 2:
+                continue
+            with graph.inserting_before(node):
+                product = graph.call_function(aten.mm.default, (a, b))
+                total = graph.call_function(aten.add.Tensor, (residual, product))
+            for part in (product, total):
+                part.meta = dict(node.meta)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
 
 
 def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:

@@ -39,18 +39,18 @@ def installed(monkeypatch):
 
 def test_the_first_that_is_there_is_used(installed):
     installed("fa4", "aten")
-    assert select_backward(0.0, False) is BACKWARD_ENGINES["fa4"]
+    assert select_backward(64, 0.0, False) is BACKWARD_ENGINES["fa4"]
     installed("aten")
-    assert select_backward(0.0, False) is BACKWARD_ENGINES["aten"]
+    assert select_backward(64, 0.0, False) is BACKWARD_ENGINES["aten"]
 
 
 def test_the_environment_overrides(installed, monkeypatch):
     installed("fa4", "aten")
     monkeypatch.setenv(BACKWARD_VARIABLE, "aten")
-    assert select_backward(0.0, False) is BACKWARD_ENGINES["aten"]
+    assert select_backward(64, 0.0, False) is BACKWARD_ENGINES["aten"]
     monkeypatch.setenv(BACKWARD_VARIABLE, "fa5")
     with pytest.raises(ValueError, match="'fa5' is not available here; choose one of"):
-        select_backward(0.0, False)
+        select_backward(64, 0.0, False)
 
 
 def test_a_refusal_names_what_and_which(installed):
@@ -58,9 +58,20 @@ def test_a_refusal_names_what_and_which(installed):
     with pytest.raises(
         NotImplementedError, match="aten cannot do a deterministic gradient"
     ):
-        select_backward(0.0, deterministic=True)
+        select_backward(64, 0.0, deterministic=True)
     with pytest.raises(NotImplementedError, match="aten cannot do a soft cap"):
-        select_backward(30.0, deterministic=False)
+        select_backward(64, 30.0, deterministic=False)
+
+
+def test_the_next_is_used_for_what_one_cannot_do(installed):
+    installed("fa3", "fa2", "aten")
+    assert select_backward(256, 0.0, False) is BACKWARD_ENGINES["fa3"]
+    assert select_backward(192, 0.0, True) is BACKWARD_ENGINES["fa3"]
+    assert select_backward(256, 0.0, True) is BACKWARD_ENGINES["fa2"]
+    installed("fa3", "aten")
+    message = "fa3 cannot do a deterministic gradient at head_dim 256; aten cannot do"
+    with pytest.raises(NotImplementedError, match=message):
+        select_backward(256, 0.0, True)
 
 
 def test_what_the_kernel_cannot_do_is_named(installed, monkeypatch):
@@ -74,7 +85,7 @@ def test_what_the_kernel_cannot_do_is_named(installed, monkeypatch):
     installed("fa4", "aten")
     assert unsupported(q, capped) is None
     installed("aten")
-    assert unsupported(q, capped) == "a soft cap without flash-attn-4"
+    assert unsupported(q, capped) == "a soft cap without flash-attn"
 
 
 def test_what_dropout_cannot_do_is_named():

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import vllm.envs as envs
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op, vllm_lib
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.flash_attn_invariant import changes_bits_at_decode
@@ -63,11 +64,11 @@ class Problem:
 class BackwardEngine:
     """A library's backward.
 
-    `refuses(soft_cap, deterministic)` names what it cannot do, or None.
+    `refuses(head_dim, soft_cap, deterministic)` names what it cannot do, or None.
     """
 
     available: Callable[[], bool]
-    refuses: Callable[[float, bool], str | None]
+    refuses: Callable[[int, float, bool], str | None]
     run: Callable[[Problem], Gradients]
 
 
@@ -103,7 +104,76 @@ def _fa4_backward(p: Problem) -> Gradients:
     return dq, dk, dv
 
 
-def _aten_refuses(soft_cap: float, deterministic: bool) -> str | None:
+def _fa3_available() -> bool:
+    return current_platform.is_device_capability(90) and _has_module("flash_attn_3._C")
+
+
+def _fa3_refuses(head_dim: int, soft_cap: float, deterministic: bool) -> str | None:
+    if deterministic and head_dim > 192:
+        return f"a deterministic gradient at head_dim {head_dim}"
+    return None
+
+
+def _fa3_backward(p: Problem) -> Gradients:
+    import flash_attn_3._C  # noqa: F401 registers the op
+
+    grads = _empty_gradients(p.q, p.k, p.v)
+    torch.ops.flash_attn_3.bwd(
+        p.grad_out,
+        p.q,
+        p.k,
+        p.v,
+        p.out,
+        p.lse,
+        *grads,
+        cu_seqlens_q=p.cu_seqlens,
+        cu_seqlens_k=p.cu_seqlens,
+        max_seqlen_q=p.max_seqlen,
+        max_seqlen_k=p.max_seqlen,
+        softmax_scale=p.scale,
+        is_causal=p.causal,
+        window_size_left=p.window[0],
+        window_size_right=p.window[1],
+        softcap=p.soft_cap,
+        deterministic=p.deterministic,
+    )
+    return grads
+
+
+def _fa2_backward(p: Problem) -> Gradients:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    grads = _empty_gradients(p.q, p.k, p.v)
+    _flash_attn_varlen_backward(
+        p.grad_out,
+        p.q,
+        p.k,
+        p.v,
+        p.out,
+        p.lse,
+        *grads,
+        p.cu_seqlens,
+        p.cu_seqlens,
+        p.max_seqlen,
+        p.max_seqlen,
+        0.0,
+        p.scale,
+        p.causal,
+        *p.window,
+        p.soft_cap,
+        None,
+        p.deterministic,
+    )
+    return grads
+
+
+def _empty_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
+    contiguous = torch.contiguous_format
+    dq, dk, dv = (torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _aten_refuses(head_dim: int, soft_cap: float, deterministic: bool) -> str | None:
     if soft_cap:
         return "a soft cap"
     return "a deterministic gradient" if deterministic else None
@@ -137,6 +207,10 @@ BACKWARD_ENGINES = {
     "fa4": BackwardEngine(
         lambda: _has_module("flash_attn.cute"), lambda *_: None, _fa4_backward
     ),
+    "fa3": BackwardEngine(_fa3_available, _fa3_refuses, _fa3_backward),
+    "fa2": BackwardEngine(
+        lambda: _has_module("flash_attn_2_cuda"), lambda *_: None, _fa2_backward
+    ),
     "aten": BackwardEngine(lambda: True, _aten_refuses, _aten_backward),
 }
 
@@ -146,7 +220,9 @@ def _available_engines() -> dict[str, BackwardEngine]:
     return {name: e for name, e in BACKWARD_ENGINES.items() if e.available()}
 
 
-def select_backward(soft_cap: float, deterministic: bool) -> BackwardEngine:
+def select_backward(
+    head_dim: int, soft_cap: float, deterministic: bool
+) -> BackwardEngine:
     """The fastest engine that can do it, or the one that the environment names.
 
     Raises:
@@ -164,7 +240,7 @@ def select_backward(soft_cap: float, deterministic: bool) -> BackwardEngine:
         engines = {name: engines[name]}
     reasons = []
     for name, engine in engines.items():
-        reason = engine.refuses(soft_cap, deterministic)
+        reason = engine.refuses(head_dim, soft_cap, deterministic)
         if reason is None:
             return engine
         reasons.append(f"{name} cannot do {reason}")
@@ -258,7 +334,7 @@ def _flash_attn_training_backward(
         soft_cap,
         deterministic,
     )
-    return select_backward(soft_cap, deterministic).run(problem)
+    return select_backward(q.shape[-1], soft_cap, deterministic).run(problem)
 
 
 def _flash_attn_training_backward_fake(
@@ -268,9 +344,7 @@ def _flash_attn_training_backward_fake(
     v: torch.Tensor,
     *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    contiguous = torch.contiguous_format
-    dq, dk, dv = (torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
-    return dq, dk, dv
+    return _empty_gradients(q, k, v)
 
 
 class _FlashAttnTraining(torch.autograd.Function):
@@ -340,7 +414,8 @@ def _fa_version(head_dim: int) -> int | None:
 
 @torch.compiler.assume_constant_result
 def _no_backward_with_soft_cap() -> bool:
-    return all(engine.refuses(1.0, False) for engine in _available_engines().values())
+    engines = _available_engines().values()
+    return all(engine.refuses(64, 1.0, False) for engine in engines)
 
 
 def _not_taken(q: torch.Tensor) -> str | None:
@@ -367,7 +442,7 @@ def unsupported(q: torch.Tensor, params: AttentionParams) -> str | None:
     if params.sinks is not None and _fa_version(head_dim) == 2:
         return "attention sinks"
     if params.logits_soft_cap is not None and _no_backward_with_soft_cap():
-        return "a soft cap without flash-attn-4"
+        return "a soft cap without flash-attn"
     return None
 
 
