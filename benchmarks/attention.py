@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Training attention: speed, error and memory, beside every peer that imports.
+"""Training attention: speed, errors and memory, beside every peer that imports.
 
     python benchmarks/attention.py --json results.json
     python benchmarks/attention.py --json results.json --plot speed.svg
@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import lru_cache
-from importlib import metadata, util
+from functools import lru_cache, partial
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm.model_executor.layers import TrainableAttention
 from vllm.model_executor.layers.trainable_attention import packed_sequences
-from vllm.v1.attention.ops import flash_attn_training
+from vllm.v1.attention.ops.flash_attn_training import (
+    BACKWARD_ENGINES,
+    BACKWARD_VARIABLE,
+)
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
@@ -225,23 +228,24 @@ def flex(batch: Batch) -> Any:
     return qkv, grad, lambda *x: compiled(*x, block_mask=block_mask, enable_gqa=True)
 
 
-def fa4(batch: Batch) -> Any:
-    from flash_attn.cute import flash_attn_varlen_func
+def flash_attn(module: str) -> Peer:
+    def peer(batch: Batch) -> Any:
+        longest = max(batch.shape.lengths)
 
-    longest = max(batch.shape.lengths)
+        def forward(*qkv: torch.Tensor) -> torch.Tensor:
+            out = import_module(module).flash_attn_varlen_func(
+                *qkv,
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_k=batch.cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
+                causal=True,
+            )
+            return out[0] if isinstance(out, tuple) else out
 
-    def forward(*qkv: torch.Tensor) -> torch.Tensor:
-        out = flash_attn_varlen_func(
-            *qkv,
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_k=batch.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=True,
-        )
-        return out[0] if isinstance(out, tuple) else out
+        return batch.qkv, batch.grad, forward
 
-    return batch.qkv, batch.grad, forward
+    return peer
 
 
 PEERS: dict[str, Peer] = {
@@ -249,9 +253,23 @@ PEERS: dict[str, Peer] = {
     "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": flex,
 }
-if util.find_spec("flash_attn") and util.find_spec("flash_attn.cute"):
-    PEERS["FA4"] = fa4
+# By the names of our backward engines, which are of the same packages.
+for name, module in {
+    "fa4": "flash_attn.cute",
+    "fa3": "flash_attn_interface",
+    "fa2": "flash_attn",
+}.items():
+    if BACKWARD_ENGINES[name].available():
+        PEERS[name.upper()] = flash_attn(module)
 PADDED = {"SDPA flash", "SDPA cuDNN"}  # the whole batch as rows of the longest
+PEER_ERRORS = (
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def median_ms(function: Callable[[], Any], calls: int) -> float:
@@ -335,7 +353,7 @@ def speed(rounds: int, console: Console) -> Iterator[dict[str, Any]]:
                 time = time_padded if shape.ragged and name in PADDED else time_peer
                 try:
                     timed[name].append(time(peer, batch, CALLS))
-                except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as e:
+                except PEER_ERRORS as e:
                     refused[name] = f"{type(e).__name__}: {str(e)[:200]}"
                 torch.cuda.empty_cache()
         for name, times in timed.items():
@@ -380,11 +398,57 @@ def speed_table(shape: Shape, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def backward_engines(rounds: int, console: Console) -> Iterator[dict[str, Any]]:
+    """Ms of the backward of every engine of ours; deterministic ones in brackets.
+
+    In turns, each after our forward: what the choice of an engine rests on.
+    """
+    engines = [name for name, engine in BACKWARD_ENGINES.items() if engine.available()]
+    sizes = [
+        Shape((4096,) * 4, 16, 4, head_dim) for head_dim in (64, 96, 128, 192, 256)
+    ]
+    table = Table("shape", *engines, title="backward, ms", title_justify="left")
+    for shape in [*SHAPES, rl_batch(), *sizes]:
+        batch = Batch(shape)
+        row: dict[str, Any] = {"shape": shape.name}
+        for key, deterministic in (("ms", False), ("deterministic_ms", True)):
+            qkv, grad, layer = ours(batch, deterministic)
+            with packed(batch):
+                out = layer(*qkv)
+            timed: dict[str, list[float]] = {
+                name: []
+                for name in engines
+                if not BACKWARD_ENGINES[name].refuses(
+                    shape.head_dim, 0.0, deterministic
+                )
+            }
+            names = list(timed)
+            for _ in range(rounds + 1):
+                names.append(names.pop(0))
+                for name in names:
+                    os.environ[BACKWARD_VARIABLE] = name
+                    backward = partial(
+                        torch.autograd.grad, out, qkv, grad, retain_graph=True
+                    )
+                    timed[name].append(median_ms(backward, CALLS))
+            row[key] = {name: statistics.median(ms[1:]) for name, ms in timed.items()}
+            del os.environ[BACKWARD_VARIABLE]
+        cells = []
+        for name in engines:
+            cells.append(f"{row['ms'][name]:.2f}")
+            if name in row["deterministic_ms"]:
+                cells[-1] += f" ({row['deterministic_ms'][name]:.2f})"
+        table.add_row(shape.name, *cells)
+        yield row
+    console.print(table)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """TFLOP/s of the engines on every shape, forward and backward."""
     import matplotlib.pyplot as plt
 
-    names = ("ours", "FA4", "SDPA cuDNN", "SDPA flash")
+    names = ("ours", "FA4", "FA3", "SDPA cuDNN", "SDPA flash")
+    width = 0.8 / len(names)
     shapes = {shape.name: shape for shape in [*SHAPES, rl_batch()]}
     figure, panels = plt.subplots(
         2, 1, figsize=(8, 5), sharex=True, layout="constrained"
@@ -401,8 +465,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     if (row["shape"], row["engine"]) == (shape.name, name)
                 )
                 heights.append(factor * shape.forward_flop / ms / 1e9)
-            places = [place + 0.2 * index for place in range(len(shapes))]
-            axes.bar(places, heights, 0.2, label=name)
+            places = [place + width * index for place in range(len(shapes))]
+            axes.bar(places, heights, width, label=name)
         axes.set_ylabel(f"{direction}, TFLOP/s")
     places = [place + 0.3 for place in range(len(shapes))]
     panels[1].set_xticks(places, [name.replace(", ", "\n", 1) for name in shapes])
@@ -442,7 +506,7 @@ def errors(console: Console) -> Iterator[dict[str, Any]]:
         batch = Batch(Shape(lengths, heads, kv_heads, head_dim))
         exact = reference(batch)
         candidates: dict[str, Peer] = {"ours": ours, **PEERS}
-        for name in flash_attn_training.BACKWARD_ENGINES:
+        for name in BACKWARD_ENGINES:
             candidates[f"ours, {name}"] = ours
         candidates["SDPA flash"] = sdpa_by_sequence(SDPBackend.FLASH_ATTENTION)
         candidates["SDPA cuDNN"] = sdpa_by_sequence(SDPBackend.CUDNN_ATTENTION)
@@ -452,18 +516,13 @@ def errors(console: Console) -> Iterator[dict[str, Any]]:
             engine = name.partition(", ")[2]
             row: dict[str, Any] = {"head_dim": head_dim, "heads": [heads, kv_heads]}
             row["engine"] = name
-            os.environ[flash_attn_training.BACKWARD_VARIABLE] = engine
+            os.environ[BACKWARD_VARIABLE] = engine
             try:
                 qkv, grad, forward = peer(batch)
                 with packed(batch):
                     out = forward(*qkv)
                     result = (out, *torch.autograd.grad(out, qkv, grad))
-            except (
-                RuntimeError,
-                ValueError,
-                NotImplementedError,
-                AssertionError,
-            ) as e:
+            except PEER_ERRORS as e:
                 row["error"] = f"{type(e).__name__}: {str(e)[:120]}"
             else:
                 row["relative"] = [
@@ -491,7 +550,7 @@ def errors(console: Console) -> Iterator[dict[str, Any]]:
                 name = row["engine"]
                 table.add_row(str(head_dim), f"{heads}/{kv_heads}", name, *cells)
         yield from rows
-        os.environ.pop(flash_attn_training.BACKWARD_VARIABLE)
+        os.environ.pop(BACKWARD_VARIABLE)
     console.print(table)
 
 
@@ -542,14 +601,15 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {
             name: version(name)
-            for name in ("torch", "vllm", "flash-attn", "flash-attn-4")
+            for name in ("torch", "vllm", "flash-attn", "flash-attn-3", "flash-attn-4")
         }
         | {"cudnn": torch.backends.cudnn.version()},
     }
     parts = {
-        "memory": memory(console),
-        "errors": errors(console),
         "speed": speed(args.rounds, console),
+        "backward": backward_engines(args.rounds, console),
+        "errors": errors(console),
+        "memory": memory(console),
     }
     for name, rows in parts.items():
         results[name] = []

@@ -44,6 +44,13 @@ def test_the_first_that_is_there_is_used(installed):
     assert select_backward(64, 0.0, False) is BACKWARD_ENGINES["aten"]
 
 
+def test_the_fastest_depends_on_the_head_size(installed):
+    installed("fa4", "fa3", "aten")
+    assert select_backward(128, 0.0, False) is BACKWARD_ENGINES["fa4"]
+    assert select_backward(256, 0.0, False) is BACKWARD_ENGINES["fa3"]
+    assert select_backward(256, 0.0, True) is BACKWARD_ENGINES["fa4"]
+
+
 def test_the_environment_overrides(installed, monkeypatch):
     installed("fa4", "aten")
     monkeypatch.setenv(BACKWARD_VARIABLE, "aten")
@@ -68,6 +75,7 @@ def test_the_next_is_used_for_what_one_cannot_do(installed):
     assert select_backward(256, 0.0, False) is BACKWARD_ENGINES["fa3"]
     assert select_backward(192, 0.0, True) is BACKWARD_ENGINES["fa3"]
     assert select_backward(256, 0.0, True) is BACKWARD_ENGINES["fa2"]
+    assert select_backward(64, 30.0, False) is BACKWARD_ENGINES["fa2"]
     installed("fa3", "aten")
     message = "fa3 cannot do a deterministic gradient at head_dim 256; aten cannot do"
     with pytest.raises(NotImplementedError, match=message):
