@@ -447,7 +447,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """TFLOP/s of the engines on every shape, forward and backward."""
     import matplotlib.pyplot as plt
 
-    names = ("ours", "FA4", "FA3", "SDPA cuDNN", "SDPA flash")
+    names = ("ours", "FA4", "FA2", "SDPA cuDNN", "SDPA flash")
     width = 0.8 / len(names)
     shapes = {shape.name: shape for shape in [*SHAPES, rl_batch()]}
     figure, panels = plt.subplots(

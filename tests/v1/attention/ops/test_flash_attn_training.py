@@ -47,7 +47,7 @@ def test_the_first_that_is_there_is_used(installed):
 def test_the_fastest_depends_on_the_head_size(installed):
     installed("fa4", "fa3", "aten")
     assert select_backward(128, 0.0, False) is BACKWARD_ENGINES["fa4"]
-    assert select_backward(256, 0.0, False) is BACKWARD_ENGINES["fa3"]
+    assert select_backward(192, 0.0, False) is BACKWARD_ENGINES["fa3"]
     assert select_backward(256, 0.0, True) is BACKWARD_ENGINES["fa4"]
 
 

@@ -218,7 +218,7 @@ BACKWARD_ENGINES = {
 
 def _by_speed(head_dim: int) -> tuple[str, ...]:
     """Names of the engines, the fastest first, as measured on an H200."""
-    if head_dim > 192:
+    if head_dim > 128:
         return "fa3", "fa4", "fa2", "aten"
     return "fa4", "fa3", "fa2", "aten"
 
