@@ -60,7 +60,10 @@ ON_CPU = [
     ("experts", "alone"),
     ("fused experts", "alone"),
     ("dtensor", "tp2"),
+    ("experts", "tp2"),
     ("fused experts", "tp2"),
+    ("dtensor", "pp2"),
+    ("experts", "pp2"),
     ("dtensor", "tp2-pp2"),
     ("experts", "tp2-pp2"),
 ]
@@ -161,13 +164,17 @@ def layers_and_names(model):
     "kind",
     [
         "vllm layers",
+        "dtensor",
         "experts",
+        "megatron",
         pytest.param("vllm layers", marks=pytest.mark.gpu(2), id="gpus-vllm layers"),
         pytest.param("experts", marks=pytest.mark.gpu(2), id="gpus-experts"),
     ],
 )
 def test_data_parallel(tmp_path, kind):
     """Ranks of a dense model serve alone; those of a mixture of experts in step."""
+    if kind == "megatron":
+        pytest.importorskip("megatron.core")
     reference = register(kind, tmp_path)
     options = AsyncEngineArgs(
         model=str(tmp_path),
