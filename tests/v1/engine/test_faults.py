@@ -255,12 +255,12 @@ def build_slow(vllm_config: object, context: object) -> Slow:
     return Slow()
 
 
-def vllm_serve(model_dir, folder, port: int) -> Program:
+def vllm_serve(model_dir, folder, port: int, *options: str) -> Program:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     command += [str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model-class-overrides", '{"TinyModel": "test_faults:build_slow"}']
     command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", "16777216"]
+    command += ["--kv-cache-memory-bytes", "16777216", *options]
     path = f"{Path(__file__).parent}{os.pathsep}{os.environ['PYTHONPATH']}"
     return Program(command, folder, PYTHONPATH=path)
 
@@ -285,17 +285,25 @@ def test_a_port_in_use(listener, model_dir_with_tokenizer, tmp_path_factory):
         program.leaves_nothing()
 
 
+@pytest.mark.parametrize(
+    ("options", "processes", "code"),
+    [
+        # itself, the resource tracker, and the engine core, which is importing
+        ([], 3, 128 + signal.SIGINT),
+        # those, the coordinator, another engine core, and two API servers
+        (["--data-parallel-size", "2"], 7, 0),
+    ],
+)
 def test_ctrl_c_while_vllm_serve_starts(
-    listener, model_dir_with_tokenizer, tmp_path_factory
+    listener, model_dir_with_tokenizer, tmp_path_factory, options, processes, code
 ):
     port = listener.getsockname()[1]
     listener.close()
     folder = tmp_path_factory.mktemp("program")
-    with vllm_serve(model_dir_with_tokenizer, folder, port) as program:
-        # itself, the resource tracker, and the engine core, which is importing
-        program.wait_until(lambda: len(program.processes()) > 2)
+    with vllm_serve(model_dir_with_tokenizer, folder, port, *options) as program:
+        program.wait_until(lambda: len(program.processes()) >= processes)
         program.interrupt(everyone=True)
-        assert program.ends_within(PROMPT_S) == 128 + signal.SIGINT
+        assert program.ends_within(PROMPT_S) == code
         assert "Traceback" not in program.output()
         program.leaves_nothing()
 
