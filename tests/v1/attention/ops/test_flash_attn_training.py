@@ -44,6 +44,17 @@ def test_the_first_that_is_there_is_used(installed):
     assert select_backward(64, 0.0, False) is BACKWARD_ENGINES["aten"]
 
 
+def test_the_old_module_in_flash_attn_2_is_not_flash_attn_4(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "interface.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not BACKWARD_ENGINES["fa4"].available()
+    distribution = tmp_path / "flash_attn_4-4.0.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Name: flash-attn-4\nVersion: 4.0\n")
+    assert BACKWARD_ENGINES["fa4"].available()
+
+
 def test_the_fastest_depends_on_the_head_size(installed):
     installed("fa4", "fa3", "aten")
     assert select_backward(128, 0.0, False) is BACKWARD_ENGINES["fa4"]

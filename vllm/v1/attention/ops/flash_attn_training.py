@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -76,6 +77,14 @@ def _has_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def _fa4_available() -> bool:
+    # Not by its module: flash-attn 2 brings an old one, without packed sequences.
+    try:
+        return bool(metadata.version("flash-attn-4"))
+    except metadata.PackageNotFoundError:
         return False
 
 
@@ -205,9 +214,7 @@ def _aten_backward(p: Problem) -> Gradients:
 
 
 BACKWARD_ENGINES = {
-    "fa4": BackwardEngine(
-        lambda: _has_module("flash_attn.cute"), lambda *_: None, _fa4_backward
-    ),
+    "fa4": BackwardEngine(_fa4_available, lambda *_: None, _fa4_backward),
     "fa3": BackwardEngine(_fa3_available, _fa3_refuses, _fa3_backward),
     "fa2": BackwardEngine(
         lambda: _has_module("flash_attn_2_cuda"), lambda *_: None, _fa2_backward
