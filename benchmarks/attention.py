@@ -15,12 +15,10 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import lru_cache, partial
 from importlib import import_module, metadata
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import host
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -595,16 +594,10 @@ def main() -> None:
     for name in args.without:
         del PEERS[name]
     console = Console(width=140)
-    results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "versions": {
-            name: version(name)
-            for name in ("torch", "vllm", "flash-attn", "flash-attn-3", "flash-attn-4")
-        }
-        | {"cudnn": torch.backends.cudnn.version()},
-    }
+    results = host()
+    results["versions"] |= {
+        name: version(name) for name in ("flash-attn", "flash-attn-3", "flash-attn-4")
+    } | {"cudnn": torch.backends.cudnn.version()}
     parts = {
         "speed": speed(args.rounds, console),
         "backward": backward_engines(args.rounds, console),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the benchmarks of engines share: the host, a child's result, and rates."""
+"""What the benchmarks share: the host, a child's result, and rates."""
 
 import json
 import platform
