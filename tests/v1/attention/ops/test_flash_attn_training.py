@@ -87,24 +87,24 @@ def test_the_next_is_used_for_what_one_cannot_do(installed):
     assert select_backward(192, 0.0, True) is BACKWARD_ENGINES["fa3"]
     assert select_backward(256, 0.0, True) is BACKWARD_ENGINES["fa2"]
     assert select_backward(64, 30.0, False) is BACKWARD_ENGINES["fa2"]
+    installed("fa3", "aten", "triton")
+    assert select_backward(256, 0.0, True) is BACKWARD_ENGINES["triton"]
+    assert select_backward(64, 30.0, False) is BACKWARD_ENGINES["triton"]
+    assert select_backward(64, 0.0, False) is BACKWARD_ENGINES["fa3"]
     installed("fa3", "aten")
     message = "fa3 cannot do a deterministic gradient at head_dim 256; aten cannot do"
     with pytest.raises(NotImplementedError, match=message):
         select_backward(256, 0.0, True)
 
 
-def test_what_the_kernel_cannot_do_is_named(installed, monkeypatch):
+def test_what_the_kernel_cannot_do_is_named(monkeypatch):
     q = torch.empty(4, 2, 64, dtype=torch.bfloat16)
     assert unsupported(q, PARAMS._replace(dropout=0.1)) == "dropout"
     monkeypatch.setattr(flash_attn_training, "_fa_version", lambda head_dim: 2)
     assert unsupported(q, PARAMS) is None
     sinks = torch.zeros(2)
     assert unsupported(q, PARAMS._replace(sinks=sinks)) == "attention sinks"
-    capped = PARAMS._replace(logits_soft_cap=30.0)
-    installed("fa4", "aten")
-    assert unsupported(q, capped) is None
-    installed("aten")
-    assert unsupported(q, capped) == "a soft cap without flash-attn"
+    assert unsupported(q, PARAMS._replace(logits_soft_cap=30.0)) is None
 
 
 def test_what_dropout_cannot_do_is_named():

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 import vllm.envs as envs
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import direct_register_custom_op, vllm_lib
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.flash_attn_invariant import changes_bits_at_decode
@@ -213,6 +214,25 @@ def _aten_backward(p: Problem) -> Gradients:
     )
 
 
+def _triton_backward(p: Problem) -> Gradients:
+    from vllm.v1.attention.training.triton_backward import attention_backward
+
+    return attention_backward(
+        p.grad_out,
+        p.q,
+        p.k,
+        p.v,
+        p.out,
+        p.lse,
+        p.cu_seqlens,
+        p.max_seqlen,
+        p.scale,
+        p.causal,
+        p.window,
+        p.soft_cap,
+    )
+
+
 BACKWARD_ENGINES = {
     "fa4": BackwardEngine(_fa4_available, lambda *_: None, _fa4_backward),
     "fa3": BackwardEngine(_fa3_available, _fa3_refuses, _fa3_backward),
@@ -220,14 +240,15 @@ BACKWARD_ENGINES = {
         lambda: _has_module("flash_attn_2_cuda"), lambda *_: None, _fa2_backward
     ),
     "aten": BackwardEngine(lambda: True, _aten_refuses, _aten_backward),
+    "triton": BackwardEngine(lambda: HAS_TRITON, lambda *_: None, _triton_backward),
 }
 
 
 def _by_speed(head_dim: int) -> tuple[str, ...]:
     """Names of the engines, the fastest first, as measured on an H200."""
     if head_dim > 128:
-        return "fa3", "fa4", "fa2", "aten"
-    return "fa4", "fa3", "fa2", "aten"
+        return "fa3", "fa4", "fa2", "aten", "triton"
+    return "fa4", "fa3", "fa2", "aten", "triton"
 
 
 @functools.cache
@@ -262,8 +283,8 @@ def select_backward(
             return engines[name]
         reasons.append(f"{name} cannot do {reason}")
     raise NotImplementedError(
-        f"No backward for this attention: {'; '.join(reasons)}. Install flash-attn-4, "
-        f"or unset {BACKWARD_VARIABLE} if it is set."
+        f"No backward for this attention: {'; '.join(reasons)}. Unset "
+        f"{BACKWARD_VARIABLE} if it is set, or install Triton or flash-attn-4."
     )
 
 
@@ -429,12 +450,6 @@ def _fa_version(head_dim: int) -> int | None:
     return _cached_fa_version(head_dim)
 
 
-@torch.compiler.assume_constant_result
-def _no_backward_with_soft_cap() -> bool:
-    engines = _available_engines().values()
-    return all(engine.refuses(64, 1.0, False) for engine in engines)
-
-
 def _not_taken(q: torch.Tensor) -> str | None:
     """The dtype or head size, if no flash attention takes it."""
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -458,8 +473,6 @@ def unsupported(q: torch.Tensor, params: AttentionParams) -> str | None:
         return "this GPU"
     if params.sinks is not None and _fa_version(head_dim) == 2:
         return "attention sinks"
-    if params.logits_soft_cap is not None and _no_backward_with_soft_cap():
-        return "a soft cap without flash-attn"
     return None
 
 
