@@ -34,6 +34,35 @@ def last_json(output: str | bytes) -> Any:
     return json.loads([x for x in lines.splitlines() if x.startswith("{")][-1])
 
 
+def random_prompts(
+    vocab_size: int, prompt_tokens: int, count: int
+) -> list[dict[str, list[int]]]:
+    """The same prompts on every call, as vLLM takes token ids."""
+    generator = random.Random(0)
+    return [
+        {
+            "prompt_token_ids": [
+                generator.randrange(2, vocab_size) for _ in range(prompt_tokens)
+            ]
+        }
+        for _ in range(count)
+    ]
+
+
+def generation_rate(
+    llm: "LLM", prompts: list[dict[str, list[int]]], new_tokens: int
+) -> float:
+    """New tokens a second while `prompts` are generated together, greedily."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+    )
+    begin = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return len(prompts) * new_tokens / (time.perf_counter() - begin)
+
+
 def generation_rates(
     llm: "LLM",
     vocab_size: int,
@@ -43,25 +72,10 @@ def generation_rates(
     repeats_alone: int,
 ) -> dict[str, float]:
     """Median new tokens a second, of `at_once` requests together and of one alone."""
-    from vllm import SamplingParams
-
-    generator = random.Random(0)
-    prompts = [
-        {
-            "prompt_token_ids": [
-                generator.randrange(2, vocab_size) for _ in range(prompt_tokens)
-            ]
-        }
-        for _ in range(at_once)
-    ]
-    params = SamplingParams(
-        temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
-    )
+    prompts = random_prompts(vocab_size, prompt_tokens, at_once)
 
     def rate(count: int) -> float:
-        begin = time.perf_counter()
-        llm.generate(prompts[:count], params, use_tqdm=False)
-        return count * new_tokens / (time.perf_counter() - begin)
+        return generation_rate(llm, prompts[:count], new_tokens)
 
     rate(at_once), rate(1)
     return {

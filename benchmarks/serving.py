@@ -6,8 +6,11 @@
 
 vLLM's native class, vLLM's Transformers backend, and a plain PyTorch module around
 `TrainableAttention` registered by a lambda, all as vLLM runs them by default: compiled,
-with CUDA graphs. One process an engine, alternating; the figures are medians, but for
-the first start, which compiles. Needs an NVIDIA GPU.
+with CUDA graphs, the engine in a process of its own. In each round every engine is
+started, one after another, in an order that rotates; then all of them are timed in
+turns, and only one works at a time, so that a host that becomes slower slows them all.
+The first round starts without any cache of compiled code, the later ones with the
+engine's own. Figures are medians. Needs an NVIDIA GPU.
 """
 
 import argparse
@@ -18,27 +21,67 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from harness import generation_rates, host, last_json
+from harness import generation_rate, host, random_prompts
 from llama import LLAMA_1B, Llama
 
 ENGINES = ("native", "Transformers backend", "plain module")
 PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 256, 256
+ALONE_PER_TURN = 3
+# All engines of a round lie in the memory of one GPU.
+MEMORY = 0.9 / len(ENGINES)
 
 
-def run(engine: str) -> dict[str, float]:
-    """Start one engine and time it, in a process of its own."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+class Engine:
+    """An engine in a process of its own, which generates when it is told to."""
+
+    def __init__(self, name: str, cache: Path) -> None:
+        caches = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", name],
+            env=os.environ | {variable: f"{cache}/{variable}" for variable in caches},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.startup_s = self._answer()
+
+    def rate(self, requests: int) -> float:
+        """New tokens a second, of `requests` at once."""
+        assert self.process.stdin is not None
+        print(requests, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> float:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("= "):
+                return float(line[2:])
+        raise RuntimeError(f"the engine ended with code {self.process.wait()}")
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(name: str) -> None:
+    """Start one engine; then a number on standard input is a round of requests."""
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     from vllm import LLM, ModelRegistry
 
     architecture = "LlamaForCausalLM"
     options: dict[str, Any] = {}
-    if engine == "Transformers backend":
+    if name == "Transformers backend":
         options["model_impl"] = "transformers"
-    if engine == "plain module":
+    if name == "plain module":
         architecture = "PlainLlama"
         ModelRegistry.register_model(architecture, lambda c, p: Llama(LLAMA_1B))
     with tempfile.TemporaryDirectory() as directory:
@@ -52,72 +95,101 @@ def run(engine: str) -> dict[str, float]:
             dtype="bfloat16",
             max_model_len=2048,
             enable_prefix_caching=False,
+            gpu_memory_utilization=MEMORY,
             **options,
         )
-        startup = time.perf_counter() - start
-    rates = generation_rates(
-        llm, LLAMA_1B.vocab_size, PROMPT_TOKENS, NEW_TOKENS, AT_ONCE, repeats_alone=5
-    )
-    return {"startup_s": startup, **rates}
+        print(f"= {time.perf_counter() - start}", flush=True)
+    prompts = random_prompts(LLAMA_1B.vocab_size, PROMPT_TOKENS, AT_ONCE)
+    for line in sys.stdin:
+        rate = generation_rate(llm, prompts[: int(line)], NEW_TOKENS)
+        print(f"= {rate}", flush=True)
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    by %= len(names)
+    return [*names[by:], *names[:by]]
+
+
+def measure_round(
+    number: int, names: Sequence[str], turns: int, caches: Path
+) -> dict[str, dict[str, Any]]:
+    """Start every engine once, and time all of them in turns."""
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for name in rotated(names, number):
+            engines[name] = stack.enter_context(Engine(name, caches / name))
+            print(f"round {number}: {name} started", flush=True)
+        results: dict[str, dict[str, Any]] = {
+            name: {"startup_s": engine.startup_s, "at_once": [], "alone": []}
+            for name, engine in engines.items()
+        }
+        for turn in range(-1, turns):  # the first is a warm-up
+            for name in rotated(names, turn):
+                at_once = engines[name].rate(AT_ONCE)
+                alone = [engines[name].rate(1) for _ in range(ALONE_PER_TURN)]
+                if turn >= 0:
+                    results[name]["at_once"].append(at_once)
+                    results[name]["alone"] += alone
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--rounds", type=int, default=2, help="starts an engine (2)")
-    parser.add_argument("--run", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, default=5, help="timings a start (5)")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=ENGINES, help="only these"
+    )
+    parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.run:
-        print("\n" + json.dumps(run(args.run)))
+    if args.serve:
+        serve(args.serve)
         return
 
     from rich.console import Console
 
-    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
-    results: dict[str, Any] = {
-        **host(),
-        "runs": runs,
-    }
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["VLLM_CACHE_ROOT"] = cache  # so that the first starts compile
-        for _ in range(args.rounds):
-            for engine in ENGINES:
-                command = [sys.executable, __file__, "--run", engine]
-                child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-                runs[engine].append(last_json(child.stdout))
-                print(engine, runs[engine][-1], flush=True)
-                if args.json:  # after each, as they take minutes
-                    args.json.write_text(json.dumps(results, indent=1) + "\n")
-    Console(width=140).print(table(runs))
+    rounds: list[dict[str, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory() as caches:
+        for number in range(args.rounds):
+            rounds.append(measure_round(number, args.engines, args.turns, Path(caches)))
+            if args.json:  # after each, as they take minutes
+                results = {**host(), "rounds": rounds}
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
+    Console(width=140).print(table(rounds))
 
 
-def table(runs: dict[str, list[dict[str, float]]]) -> Any:
+def table(rounds: list[dict[str, dict[str, Any]]]) -> Any:
     from rich.table import Table
 
-    figures = {
-        engine: [
-            statistics.median(run["at_once"] for run in results),
-            statistics.median(run["alone"] for run in results),
-            results[0]["startup_s"],
-            statistics.median(run["startup_s"] for run in results[1:] or results),
+    def figures(engine: str) -> list[float]:
+        runs = [results[engine] for results in rounds]
+        starts = [run["startup_s"] for run in runs]
+        return [
+            *(
+                statistics.median(rate for run in runs for rate in run[key])
+                for key in ("at_once", "alone")
+            ),
+            starts[0],
+            statistics.median(starts[1:] or starts),
         ]
-        for engine, results in runs.items()
-    }
+
+    names = list(rounds[0])
+    base = "native" if "native" in names else names[0]
     table = Table(title="Llama-3.2-1B shape, 512 tokens in, 256 out")
     table.add_column("engine")
-    columns = (
+    for title in (
         f"{AT_ONCE} at once, tok/s",
         "alone, tok/s",
         "first start, s",
-        "start, s",
-    )
-    for title in columns:
+        "next start, s",
+    ):
         table.add_column(title, justify="right")
-        table.add_column("of native", justify="right")
-    for engine, row in figures.items():
-        cells = [engine]
-        for value, native in zip(row, figures["native"], strict=True):
-            cells += [f"{value:,.1f}", f"{value / native:.2f}"]
+        table.add_column(f"of {base}", justify="right")
+    for name in names:
+        cells = [name]
+        for value, reference in zip(figures(name), figures(base), strict=True):
+            cells += [f"{value:,.1f}", f"{value / reference:.2f}"]
         table.add_row(*cells)
     return table
 
