@@ -6,11 +6,14 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types docs clean FORCE
+.PHONY: help setup demo test test-all lint types docs clean FORCE
 SHELL := /bin/sh
 
 PY := .venv/bin/python
 READY := .venv/.ready
+# Tests run in as many processes. Each may start an engine of up to 4 GiB.
+WORKERS ?= 2
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 MODULES := build/modules.txt
 INPUTS := $(MODULES) Makefile CMakeLists.txt upstream.toml pyproject.toml setup.py \
 	$(wildcard csrc/*/* requirements/*.txt tools/*.py patches/* patches/*/*.patch)
@@ -26,7 +29,7 @@ endif
 export NO_MKDOCS_2_WARNING := 1
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv with the patched vLLM and what the tests need
 
@@ -34,9 +37,12 @@ demo: $(READY)  ## train, serve and prove a model on real text
 	$(PY) examples/custom_model_training_to_inference.py
 	$(PY) examples/offline_inference/custom_model_with_megatron.py --tensor-parallel-size 1
 
-test: lint docs  ## run every check and every test
-	$(PY) -m pytest -m "not engine and not gpu"
-	$(PY) -m pytest -m "engine and not gpu"
+test: lint docs  ## run every check, and the tests that CI runs
+	$(PYTEST) -m "not gpu and not slow"
+	$(PY) -m tools upstream-tests
+
+test-all: lint docs  ## run every check and every test; takes an hour
+	$(PYTEST) -m "not gpu" --results benchmarks/results/cpu-tests.json
 	$(PY) -m tools upstream-tests
 
 lint: types  ## check the patch set, style and types

@@ -56,16 +56,19 @@ LAYOUTS = {
 }
 ON_CPU = [
     ("vllm layers", "alone"),
+    ("fused experts", "tp2"),
+    ("dtensor", "tp2-pp2"),
+    ("experts", "tp2-pp2"),
+]
+# Parts of the layouts above.
+MORE_ON_CPU = [
     ("dtensor", "alone"),
     ("experts", "alone"),
     ("fused experts", "alone"),
     ("dtensor", "tp2"),
     ("experts", "tp2"),
-    ("fused experts", "tp2"),
     ("dtensor", "pp2"),
     ("experts", "pp2"),
-    ("dtensor", "tp2-pp2"),
-    ("experts", "tp2-pp2"),
 ]
 ON_GPUS = [
     ("vllm layers", "tp2"),
@@ -128,7 +131,12 @@ def assert_equal(report: ValidationReport) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [*ON_CPU, *(on_gpus(*case) for case in ON_GPUS)]
+    ("kind", "layout"),
+    [
+        *ON_CPU,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_ON_CPU),
+        *(on_gpus(*case) for case in ON_GPUS),
+    ],
 )
 def test_layout(start, tmp_path, kind, layout):
     if kind == "megatron":
@@ -163,10 +171,10 @@ def layers_and_names(model):
 @pytest.mark.parametrize(
     "kind",
     [
-        "vllm layers",
-        "dtensor",
         "experts",
         "megatron",
+        pytest.param("vllm layers", marks=pytest.mark.slow),
+        pytest.param("dtensor", marks=pytest.mark.slow),
         pytest.param("vllm layers", marks=pytest.mark.gpu(2), id="gpus-vllm layers"),
         pytest.param("experts", marks=pytest.mark.gpu(2), id="gpus-experts"),
     ],

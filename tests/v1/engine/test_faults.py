@@ -25,6 +25,7 @@ from torch import nn
 from vllm.model_executor.models.callable_model import _check_same_on_all_ranks
 
 pytestmark = pytest.mark.engine
+SLOW = pytest.mark.slow
 
 FAULTY_MODEL = str(Path(__file__).with_name("faulty_model.py"))
 TWO_RANKS = {"tensor_parallel_size": 2}
@@ -82,9 +83,10 @@ def ends_with_one_traceback(program: Program) -> None:
             "no memory while building",
             ["can't allocate memory", "on worker rank 1, while building the model"],
         ),
-        (
+        pytest.param(
             "no memory for the cache",
             ["RuntimeError on worker rank 1: ", "can't allocate memory"],
+            marks=SLOW,
         ),
     ],
 )
@@ -96,6 +98,7 @@ def test_a_rank_that_fails_while_it_starts(serve, fault, messages):
     program.leaves_nothing()
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("gibibytes", "message"),
     [
@@ -126,6 +129,7 @@ def test_a_rank_that_hangs_while_it_builds(serve):
     program.leaves_nothing()
 
 
+@SLOW
 def test_a_single_rank_that_hangs(serve):
     """It is in the engine core itself."""
     program = serve("hang alone", {}, VLLM_MODEL_FACTORY_TIMEOUT_S="3")
@@ -137,7 +141,11 @@ def test_a_single_rank_that_hangs(serve):
 
 
 @pytest.mark.parametrize(
-    "fault", ["kill while generating", "no memory while generating"]
+    "fault",
+    [
+        "kill while generating",
+        pytest.param("no memory while generating", marks=SLOW),
+    ],
 )
 def test_a_rank_that_fails_while_it_generates(serve, fault):
     program = serve(fault)
@@ -185,21 +193,29 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 COMPILED = TWO_RANKS | {"enforce_eager": False}
 
 
+INTERRUPTS = [
+    ("hang while building", "building", TWO_RANKS, SPAWN),
+    ("hang while generating", "generating", TWO_RANKS, {}),
+    ("none", "idle", {}, IN_PROCESS),
+]
+MORE_INTERRUPTS = [
+    ("none", "importing", TWO_RANKS, {}),
+    ("hang while building", "building", TWO_RANKS, IN_PROCESS),
+    ("hang while building", "building", TWO_RANKS, {"IN_EVENT_LOOP": "1"}),
+    ("hang alone", "building", {}, {}),
+    ("hang while trying", "trying", TWO_RANKS, {}),
+    ("hang while loading", "loading", TWO_RANKS, {}),
+    ("hang while warming up", "warming up", COMPILED, {}),
+    ("hang while generating", "generating", TWO_RANKS, IN_PROCESS),
+    ("none", "idle", TWO_RANKS, {}),
+]
+
+
 @pytest.mark.parametrize(
     ("fault", "sign", "options", "env"),
     [
-        ("none", "importing", TWO_RANKS, {}),
-        ("hang while building", "building", TWO_RANKS, SPAWN),
-        ("hang while building", "building", TWO_RANKS, IN_PROCESS),
-        ("hang while building", "building", TWO_RANKS, {"IN_EVENT_LOOP": "1"}),
-        ("hang alone", "building", {}, {}),
-        ("hang while trying", "trying", TWO_RANKS, {}),
-        ("hang while loading", "loading", TWO_RANKS, {}),
-        ("hang while warming up", "warming up", COMPILED, {}),
-        ("hang while generating", "generating", TWO_RANKS, {}),
-        ("hang while generating", "generating", TWO_RANKS, IN_PROCESS),
-        ("none", "idle", TWO_RANKS, {}),
-        ("none", "idle", {}, IN_PROCESS),
+        *INTERRUPTS,
+        *(pytest.param(*case, marks=SLOW) for case in MORE_INTERRUPTS),
     ],
 )
 def test_ctrl_c(serve, fault, sign, options, env):
@@ -211,6 +227,7 @@ def test_ctrl_c(serve, fault, sign, options, env):
     program.leaves_nothing()
 
 
+@SLOW
 def test_an_interrupt_of_the_program_alone(serve):
     program = serve("hang while building")
     at(program, "building")
@@ -223,9 +240,9 @@ def test_an_interrupt_of_the_program_alone(serve):
 @pytest.mark.parametrize(
     ("fault", "sign", "method"),
     [
-        ("hang while building", "building", "spawn"),
         ("hang while generating", "generating", "fork"),
-        ("none", "idle", "fork"),
+        pytest.param("hang while building", "building", "spawn", marks=SLOW),
+        pytest.param("none", "idle", "fork", marks=SLOW),
     ],
 )
 def test_a_program_that_is_killed(serve, fault, sign, method):
@@ -291,7 +308,7 @@ def test_a_port_in_use(listener, model_dir_with_tokenizer, tmp_path_factory):
         # itself, the resource tracker, and the engine core, which is importing
         ([], 3, 128 + signal.SIGINT),
         # those, the coordinator, another engine core, and two API servers
-        (["--data-parallel-size", "2"], 7, 0),
+        pytest.param(["--data-parallel-size", "2"], 7, 0, marks=SLOW),
     ],
 )
 def test_ctrl_c_while_vllm_serve_starts(

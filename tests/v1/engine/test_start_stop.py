@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Engines that start and stop again and again leak nothing.
-
-`START_STOP_ROUNDS=50` runs as many rounds as that, in the place of a few.
-"""
+"""Engines that start and stop again and again leak nothing."""
 
 import json
-import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +12,17 @@ from programs import Program
 
 pytestmark = pytest.mark.engine
 
-ROUNDS = int(os.environ.get("START_STOP_ROUNDS", "6"))
 # Of growth by round, after the first two; the allocator keeps some of what it gets.
 MEBIBYTES_A_ROUND = 1
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rounds"), [(1, ROUNDS), (2, 3 if ROUNDS < 50 else 5)]
+    ("ranks", "rounds"),
+    [
+        (1, 4),
+        pytest.param(1, 50, marks=pytest.mark.slow),
+        pytest.param(2, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_rounds_leak_nothing(model_dir, tmp_path_factory, ranks, rounds):
     script = str(Path(__file__).with_name("rounds.py"))
