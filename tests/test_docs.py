@@ -103,6 +103,7 @@ def interface(node: ast.AST, where: str = "") -> list[str]:
     return []
 
 
+ERRORS = DOCS / "models/custom_models.md"
 SECTIONS = {
     section.partition("`")[0]: section
     for section in re.split(
@@ -144,36 +145,40 @@ def test_every_patch_is_in_the_design():
     )
 
 
-def messages() -> list[str]:
-    """Every text in our modules and patches, with `…` for what is filled in."""
-    sources = [path.read_text() for path in MODULES]
-    found = []
-    for tree in map(ast.parse, sources):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.JoinedStr):
-                parts = [
-                    str(part.value) if isinstance(part, ast.Constant) else "…"
-                    for part in node.values
-                ]
-                found.append("".join(parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+def strings(path: Path) -> set[str]:
+    """The texts in the code of a file, with `…` for what is filled in.
+
+    Comments and docstrings are none.
+    """
+    tree = ast.parse(path.read_text())
+    statements = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [
+                str(part.value) if isinstance(part, ast.Constant) else "…"
+                for part in node.values
+            ]
+            found.add("".join(parts))
+        elif isinstance(node, ast.Constant) and id(node) not in statements:
+            found.add(str(node.value))
     return found
 
 
-def test_every_error_in_the_guide_is_one_that_the_code_raises():
-    guide = (DOCS / "models/custom_models.md").read_text()
-    section = guide.partition("## Errors")[2].partition("These come from vLLM itself")[
-        0
-    ]
-    quoted = re.findall(r"^\| `([^`]+)` \|", section, re.M)
+def test_every_error_in_the_docs_is_one_that_the_code_raises():
+    """`…` in a message stands for one value, where the code has one."""
+    table = ERRORS.read_text().partition("## Errors")[2]
+    table = table.partition("These come from vLLM itself")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.M)
     assert quoted
-    texts = messages()
+    texts = set().union(*map(strings, MODULES))
     for message in quoted:
-        pattern = ".*?".join(map(re.escape, message.split("…")))
-        assert any(re.search(pattern, text, re.S) for text in texts), (
+        # Two values side by side are shown as one.
+        assert any(message in re.sub("…[…']*…", "…", text) for text in texts), (
             f"No code raises {message!r} any more: edit the table of errors in "
-            "docs/models/custom_models.md."
+            f"{page_id(ERRORS)}."
         )
 
 
@@ -194,18 +199,29 @@ def test_the_releases_are_those_of_upstream_toml():
     )
 
 
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+    return found | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=page_id)
 def test_every_example_is_run_by_a_test_and_in_the_docs(path):
-    def mentioned(files) -> bool:
-        return any(path.stem in f.read_text() for f in files if f != path)
-
-    tests = [p for p in (ROOT / "tests").rglob("*.py") if p != Path(__file__)]
+    tests = sorted((ROOT / "tests/examples").rglob("*.py"))
     if 'if __name__ == "__main__"' not in path.read_text():
-        programs = (ROOT / "examples").rglob("*.py")
-        assert mentioned([*tests, *programs]), f"Nothing imports {page_id(path)}."
+        programs = [*tests, *(ROOT / "examples").rglob("*.py")]
+        configs = (ROOT / "examples").rglob("config.json")
+        assert any(path.stem in imports(p) for p in programs if p != path) or any(
+            f"{path.stem}." in config.read_text() for config in configs
+        ), f"Nothing imports {page_id(path)}."
         return
-    assert mentioned(tests), f"Add a test to tests/examples/ that runs {page_id(path)}."
-    assert mentioned(PAGES), f"Name {page_id(path)} in docs/index.md."
+    named = [text for test in tests for text in strings(test)]
+    assert any(text.endswith(path.name) for text in named), (
+        f"Add a test to tests/examples/ that runs {page_id(path)}."
+    )
+    assert any(page_id(path) in page.read_text() for page in PAGES), (
+        f"Name {page_id(path)} in docs/index.md."
+    )
 
 
 # ---- Code blocks and links ---------------------------------------------------------
@@ -237,11 +253,11 @@ def test_code_blocks_are_well_formed(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_exist(page):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     main = (ROOT / "tools/__main__.py").read_text()
     commands = set(re.findall(r'command\(\s*"([\w-]+)"', main))
     text = page.read_text()
-    for target in re.findall(r"(?:`|\$ )make (\w+)", text):
+    for target in re.findall(r"(?:`|\$ )make ([\w-]+)", text):
         assert target in targets, f"Edit {page_id(page)}: no `make {target}`."
     for command in re.findall(r"python -m tools ([a-z][\w-]*)", text):
         assert command in commands, f"Edit {page_id(page)}: no `tools {command}`."
