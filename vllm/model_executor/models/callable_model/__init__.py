@@ -5,17 +5,18 @@
 `ModelRegistry.register_model` hands a callable to `_CallableRegisteredModel`. Its
 `load_model_cls` makes a subclass of `CallableModelWrapper`, so that everything in
 vLLM that asks questions of a model *class* gets its answer, and nothing is built
-before a worker asks for it. `registry_of` lets registrations travel inside the
-`ModelConfig`, by whatever means that travels: fork, spawn, Ray.
+before a worker asks for it. `registrations_for` puts them into the `ModelConfig`,
+by which they travel as that does: fork, spawn, Ray.
 """
 
-from .carry import registry_of
-from .registration import _CallableRegisteredModel, as_model_cls
+from .carry import registrations_for, registry_of
+from .registration import _CallableRegisteredModel, _NamedRegisteredModel
 from .wrapper import CallableModelWrapper
 
 __all__ = [
     "CallableModelWrapper",
     "_CallableRegisteredModel",
-    "as_model_cls",
+    "_NamedRegisteredModel",
+    "registrations_for",
     "registry_of",
 ]

@@ -5,8 +5,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import sys
+import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
@@ -16,7 +20,13 @@ from torch import nn
 from vllm.compilation.registered_model import compile_if_possible
 from vllm.config import VllmConfig
 from vllm.model_executor.models.parallel_plan import HIDDEN_STATES
-from vllm.model_executor.models.registry import _BaseRegisteredModel, _ModelInfo
+from vllm.model_executor.models.registry import (
+    _BaseRegisteredModel,
+    _LazyRegisteredModel,
+    _ModelInfo,
+    _RegisteredModel,
+    _run_in_subprocess,
+)
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel
@@ -53,17 +63,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             check_signature(architecture, factory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = (self.factory, self.capabilities)
-        try:
-            return _unpickle, (self.architecture, cloudpickle.dumps(state))
-        except Exception as error:
-            raise TypeError(
-                f"{self.architecture}: the registered {name_of(self.factory)} cannot "
-                "be sent to the worker processes, because "
-                f"{unpicklable_part(self.factory)} cannot be pickled ({error}). "
-                "Create it inside the callable, or "
-                'register the callable as "module:name".'
-            ) from error
+        factory = pickled(self.architecture, self.factory)
+        capabilities = pickled(self.architecture, self.capabilities)
+        return _unpickle, (self.architecture, factory, capabilities)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallableRegisteredModel:
         return self  # immutable, and possibly not picklable
@@ -109,35 +111,115 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         return model_cls
 
 
-def as_model_cls(architecture: str, target: Any) -> type[nn.Module]:
-    """The model class of what a lazily imported `module:name` turned out to be."""
-    if isinstance(target, type):  # vLLM has some that are stubs, and no modules
-        return target
-    return _CallableRegisteredModel(architecture, target, {}).load_model_cls()
+@dataclass(frozen=True)
+class _NamedRegisteredModel(_LazyRegisteredModel):
+    """`"module:name"` in the registry: a class, or a callable; known once imported.
+
+    Args:
+        architecture: the name it is registered under.
+
+    """
+
+    architecture: str
+
+    def inspect_model_cls(self) -> _ModelInfo:
+        # vLLM's cache of what a module said of itself knows of changes to the module's
+        # own file only.
+        def inspect() -> _ModelInfo:
+            return _ModelInfo.from_model_cls(self.load_model_cls())
+
+        if self.module_name in sys.modules:
+            return inspect()
+        # In another process, because an import may initialize CUDA.
+        return _run_in_subprocess(inspect)
+
+    def load_model_cls(self) -> type[nn.Module]:
+        target = getattr(importlib.import_module(self.module_name), self.class_name)
+        if isinstance(target, type):  # vLLM has some that are stubs, and no modules
+            return target
+        return _CallableRegisteredModel(self.architecture, target, {}).load_model_cls()
 
 
-def _unpickle(architecture: str, state: bytes) -> _CallableRegisteredModel:
+@dataclass(frozen=True)
+class CarriedClass(_BaseRegisteredModel):
+    """A registered model class, on its way to other processes."""
+
+    architecture: str
+    model: _BaseRegisteredModel
+
+    def inspect_model_cls(self) -> _ModelInfo:
+        return self.model.inspect_model_cls()
+
+    def load_model_cls(self) -> type[nn.Module]:
+        return self.model.load_model_cls()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        model_cls = pickled(self.architecture, self.load_model_cls())
+        return _unpickle_class, (self.architecture, model_cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CarriedClass:
+        return self
+
+
+def pickled(architecture: str, value: Any) -> bytes:
+    """`value` by cloudpickle: by reference if it is importable, else by value.
+
+    Raises:
+        TypeError: it cannot be pickled; names the innermost object that cannot.
+
+    """
     try:
-        factory, capabilities = cloudpickle.loads(state)
-    except Exception as error:  # noqa: BLE001 - reported when the model is built
-        # A process that dies of it here, before its first line, could tell nobody.
-        return _CallableRegisteredModel(architecture, _Unpicklable(error), {})
-    return _CallableRegisteredModel(architecture, factory, capabilities)
+        return cloudpickle.dumps(value)
+    except Exception as error:
+        raise TypeError(
+            f"{architecture}: the registered {name_of(value)} cannot be sent to the "
+            f"worker processes, because {unpicklable_part(value)} cannot be pickled "
+            f"({error}). Create it inside the callable, or register the callable as "
+            '"module:name".'
+        ) from error
 
 
-class _Unpicklable:
-    """Stands for a callable that this process cannot import; says so when called."""
+def _unpickle(
+    architecture: str, factory: bytes, capabilities: bytes
+) -> _CallableRegisteredModel:
+    # A process that dies of an error here, before its first line, could tell nobody.
+    # It is raised when the model is built.
+    declared = _loads(capabilities)
+    if isinstance(declared, Unimportable):
+        return _CallableRegisteredModel(architecture, declared, {})
+    return _CallableRegisteredModel(architecture, _loads(factory), declared)
+
+
+def _unpickle_class(architecture: str, model_cls: bytes) -> _BaseRegisteredModel:
+    target = _loads(model_cls)
+    if isinstance(target, Unimportable):
+        return _CallableRegisteredModel(architecture, target, {})
+    return CarriedClass(architecture, _RegisteredModel.from_model_cls(target))
+
+
+def _loads(pickle: bytes) -> Any:
+    try:
+        return cloudpickle.loads(pickle)
+    except Exception as error:  # noqa: BLE001 - raised when the model is built
+        return Unimportable(error)
+
+
+class Unimportable:
+    """In the place of what this process cannot import; says so when it is called."""
 
     def __init__(self, error: Exception) -> None:
         self.cause = f"{type(error).__name__}: {error}"
+        self.traceback = "".join(traceback.format_exception(error)).rstrip()
 
     def __call__(
         self, vllm_config: VllmConfig, parallel_context: ParallelContext
     ) -> nn.Module:
-        raise ImportError(
+        error = ImportError(
             f"the registered callable cannot be unpickled in this process: {self.cause}"
             ". What it refers to has to be importable by workers, as by PYTHONPATH."
         )
+        error.add_note(self.traceback)
+        raise error
 
 
 def annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
