@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import torch
 from torch import nn
 
 from vllm.config import VllmConfig
@@ -16,6 +18,7 @@ from vllm.v1.engine.startup_failure import enter_stage, time_limit
 
 from .checks import check_same_on_all_ranks, check_signature
 from .messages import describe, name_of
+from .precision import Float32Constants
 
 ModelFactory = Callable[..., nn.Module]
 
@@ -27,8 +30,13 @@ def build_module(
     registered: ModelFactory | str,
     vllm_config: VllmConfig,
     prefix: str,
-) -> nn.Module:
-    """Call the registered factory, check what it returned, and apply its plans."""
+) -> tuple[nn.Module, list[tuple[nn.Module, str]]]:
+    """Call the registered factory, check what it returned, and apply its plans.
+
+    Returns:
+        The module, on the worker's device, and the float32 constants that it computed.
+
+    """
     context = ParallelContext.from_config(vllm_config.parallel_config)
     factory = registered
     if isinstance(factory, str):
@@ -37,9 +45,12 @@ def build_module(
     keywords = {"prefix": prefix} if takes_prefix else {}
     task = f"the registered {name_of(registered)} of {architecture}"
     enter_stage(f"building the model by {task}")
+    precision = Float32Constants(vllm_config.model_config.dtype)
+    narrow = precision.dtype in (torch.bfloat16, torch.float16)
     try:
         with time_limit(task):
-            module = factory(vllm_config, context, **keywords)
+            with precision if narrow else nullcontext():
+                module = factory(vllm_config, context, **keywords)
             if isinstance(module, nn.Module):
                 check_same_on_all_ranks(architecture, module, context)
     except Exception as error:
@@ -51,6 +62,7 @@ def build_module(
             f"{describe(module)}; expected a torch.nn.Module. The signature "
             f"wanted is {SIGNATURE}."
         )
+    constants = precision.computed(module) if narrow else []
     module = apply_plans(module, vllm_config, context)
     # A module that was built before, by the caller, may lie elsewhere.
-    return module.to(vllm_config.device_config.device)
+    return module.to(vllm_config.device_config.device), constants

@@ -18,6 +18,7 @@ from vllm.model_executor.models.registry import (
 from vllm.transformers_utils.auto_map import auto_map_model
 from vllm.utils.func_utils import _supports_kw
 
+from .checks import check_config
 from .registration import CarriedClass, _CallableRegisteredModel
 
 if TYPE_CHECKING:
@@ -31,11 +32,15 @@ def registrations_for(model_config: ModelConfig) -> dict[str, _BaseRegisteredMod
     By architecture: what is registered here in the place of, or beside, vLLM's own
     entries, and the model that the directory's own code defines. What the config was
     given already, as one that was copied has it, comes first.
+
+    Raises:
+        ValueError: `config.json` lacks a key that vLLM reads.
+
     """
     given = model_config.registered_callables
+    architectures = model_config.hf_config.architectures or []
     names = {
-        ModelRegistry._normalize_arch(arch, model_config)
-        for arch in model_config.architectures
+        ModelRegistry._normalize_arch(arch, model_config) for arch in architectures
     }
     here = {name: ModelRegistry.models.get(name) for name in names - given.keys()}
     carried = {
@@ -49,9 +54,10 @@ def registrations_for(model_config: ModelConfig) -> dict[str, _BaseRegisteredMod
         # Whether it has a plan for pipeline stages is known when it is built.
         carried = {
             arch: _CallableRegisteredModel(arch, own, {"supports_pp": True})
-            for arch in model_config.architectures
+            for arch in architectures
         }
     if carried:
+        check_config(model_config)
         _forget_resolved_classes()
     return carried
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.registry import _ModelInfo
 from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
 
@@ -25,6 +27,11 @@ FORWARD = "forward(self, input_ids, positions) -> hidden states [tokens, hidden]
 # How forward may take what the previous pipeline stage returned: vLLM's name for its
 # IntermediateTensors, and the usual one for hidden states in the place of embeddings.
 STAGE_INPUTS = ("intermediate_tensors", "inputs_embeds")
+
+# Optional; vLLM's name and Hugging Face's.
+INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
+
+ADAPTER_CAPABILITIES = ("supports_lora", "packed_modules_mapping", "embedding_modules")
 
 
 def check_signature(architecture: str, factory: Any) -> bool:
@@ -72,15 +79,78 @@ def check_signature(architecture: str, factory: Any) -> bool:
 
 def check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
-    known |= {"supports_lora", "packed_modules_mapping", "embedding_modules"}
     known |= {"supports_torch_compile"}
     for name in capabilities:
+        if name in ADAPTER_CAPABILITIES:
+            raise TypeError(
+                f"{architecture}: {name!r} declares adapters, which are not served "
+                "with registered callables yet. Leave it out, and merge the adapter "
+                "into the weights."
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)
             raise TypeError(
                 f"{architecture}: {name!r} is not a capability that vLLM asks for; "
                 f"did you mean {', '.join(near)}?"
             )
+
+
+# What vLLM takes from config.json. A model may do without the others.
+CONFIG_KEYS = {
+    "vocab_size": "the number of logits of each token",
+    "hidden_size": "the width of hidden states",
+    "num_attention_heads": "what tensor-parallel ranks divide, and the size of a head",
+    "num_hidden_layers": "the number of layers that pipeline stages divide",
+    "max_position_embeddings": "the longest sequence",
+}
+REQUIRED_KEYS = ("vocab_size",)
+
+
+def check_config(model_config: ModelConfig) -> None:
+    """Check the values that vLLM reads of a registered model's config.
+
+    Raises:
+        ValueError: one is missing, or is not a number that vLLM can use.
+
+    """
+    config = model_config.hf_text_config
+    for key, use in CONFIG_KEYS.items():
+        if not hasattr(config, key) and key not in REQUIRED_KEYS:
+            continue
+        value = getattr(config, key, None)
+        least = 1 if key in REQUIRED_KEYS else 0
+        if not isinstance(value, int) or value < least:
+            has = f"has {key}: {value!r}" if hasattr(config, key) else f"has no {key}"
+            names = ", ".join(model_config.hf_config.architectures)
+            raise ValueError(
+                f"{names}: config.json {has}; "
+                f"vLLM reads it as {use}. Write it under this name, or pass "
+                f"hf_overrides={{{key!r}: ...}}."
+            )
+
+
+def check_quantization(
+    architecture: str, module: nn.Module, vllm_config: VllmConfig
+) -> None:
+    """Quantization is what vLLM's layers do that are given its config.
+
+    Raises:
+        ValueError: it is asked for, and no layer does it.
+
+    """
+    if vllm_config.quant_config is None:
+        return
+    if not any(
+        getattr(part, "quant_config", None) is not None
+        for part in module.modules()
+        if not isinstance(part, AttentionLayerBase)  # quantizes the KV cache only
+    ):
+        quantization = vllm_config.model_config.quantization
+        raise ValueError(
+            f"{architecture}: quantization={quantization!r} is asked for, but no layer "
+            f"of {type(module).__name__} does it. Give vLLM's linear layers "
+            "quant_config=vllm_config.quant_config; or start without quantization, and take quantization_config out of config.json."
+        )
 
 
 def check_same_on_all_ranks(
@@ -161,3 +231,27 @@ def stage_input(
         "intermediate_tensors=None, which gets vLLM's IntermediateTensors; or give the "
         "module a pp_plan, which cuts it into stages."
     )
+
+
+def check_takes_embeddings(
+    architecture: str, module: nn.Module, keywords: frozenset[str] | None
+) -> None:
+    """Prompt embeddings, once enabled, are how all requests reach the module.
+
+    Raises:
+        TypeError: it cannot give embeddings, or its forward cannot take them.
+
+    """
+    wanted = []
+    if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
+        wanted.append(
+            "embed_input_ids(self, input_ids), which returns [tokens, hidden]"
+        )
+    if keywords is not None and "inputs_embeds" not in keywords:
+        wanted.append("inputs_embeds=None to forward, which takes them for input_ids")
+    if wanted:
+        raise TypeError(
+            f"{architecture}: prompt embeddings are enabled, but "
+            f"{type(module).__name__} cannot take them. Add {' and '.join(wanted)}; or "
+            "start without enable_prompt_embeds."
+        )

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -21,7 +23,7 @@ OUTPUT_HEADS = ("lm_head", "output_layer", "output")
 
 
 def logits_function(
-    architecture: str, module: nn.Module, vocab_size: int
+    architecture: str, module: nn.Module, vocab_size: int, tensor_parallel_size: int
 ) -> Callable[[torch.Tensor], torch.Tensor | None]:
     """How to get full logits from hidden states.
 
@@ -46,13 +48,18 @@ def logits_function(
             LogitsProcessor(vocab_size), head, embedding_bias=head.bias
         )
 
+    @functools.cache
+    def is_divided(width: int) -> bool:
+        return tensor_parallel_size > 1 and _has_divided_outputs(module, width)
+
     def logits_of(hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = head(hidden_states)
         if isinstance(logits, tuple):  # Megatron's linear layers return their bias too
             logits = logits[0]
         if logits is None:
             return None
-        if logits.dim() == 2 and logits.shape[-1] < vocab_size:
+        width = logits.shape[-1]
+        if logits.dim() == 2 and width < vocab_size and is_divided(width):
             # [tokens, vocab / TP] -> [tokens, vocab]
             logits = tensor_model_parallel_all_gather(logits)
         tokens = hidden_states.shape[0]
@@ -67,11 +74,49 @@ def logits_function(
     return logits_of
 
 
-def check_finite(architecture: str, logits: torch.Tensor) -> None:
-    finite = torch.isfinite(logits)
-    if not bool(finite.all()):
+def _has_divided_outputs(module: nn.Module, width: int) -> bool:
+    """Whether tensor-parallel ranks divide something of which `width` is one's part.
+
+    Known by the marks that say how a parameter is loaded. Where a module loads its
+    weights itself, it needs none.
+    """
+    if hasattr(module, "load_weights"):
+        return True
+    return any(
+        _is_part_of_outputs(parameter, part, width)
+        for part in module.modules()
+        for parameter in part.parameters(recurse=False)
+    )
+
+
+def _is_part_of_outputs(parameter: nn.Parameter, layer: nn.Module, width: int) -> bool:
+    """Whether `parameter` has `width` of the outputs that the ranks divide."""
+    if isinstance(parameter, DTensor):
+        return width in parameter.to_local().shape and width not in parameter.shape
+    if getattr(parameter, "tensor_model_parallel", False):  # megatron-core's
+        return parameter.shape[parameter.partition_dim] == width  # type: ignore
+    own = hasattr(parameter, "weight_loader")  # vLLM's
+    return own and width in parameter.shape and not isinstance(layer, ReplicatedLinear)
+
+
+def check_logits(architecture: str, logits: torch.Tensor) -> None:
+    """Look for overflow; -inf is how a head says that an id is no token.
+
+    Raises:
+        ValueError: some logits are NaN or +inf, or all of one token are -inf.
+
+    """
+    ill = logits.isnan() | logits.isposinf()
+    if bool(ill.any()):
         raise ValueError(
-            f"{architecture}: {int((~finite).sum())} of {logits.numel()} logits are "
-            f"not finite at warm-up, in {logits.dtype}. Check the weights for NaN and "
-            "the model for overflow in this dtype."
+            f"{architecture}: {int(ill.sum())} of {logits.numel()} logits are not "
+            f"finite at warm-up, in {logits.dtype}. Check the weights for NaN and the "
+            "model for overflow in this dtype."
+        )
+    masked = logits.isneginf().all(dim=-1)
+    if bool(masked.any()):
+        raise ValueError(
+            f"{architecture}: all logits of {int(masked.sum())} of {len(masked)} "
+            f"tokens are -inf at warm-up, in {logits.dtype}. Leave those of some ids "
+            "finite, and check the model for overflow in this dtype."
         )

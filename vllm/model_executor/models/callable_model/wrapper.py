@@ -21,17 +21,21 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.engine.startup_failure import enter_stage
 
 from .build import build_module
-from .checks import forward_keywords, stage_input
-from .logits import check_finite, logits_function
+from .checks import (
+    FORWARD,
+    check_quantization,
+    check_takes_embeddings,
+    forward_keywords,
+    stage_input,
+)
+from .logits import check_logits, logits_function
 from .messages import describe
+from .precision import round_constants
 
 if TYPE_CHECKING:
     from .registration import _CallableRegisteredModel
 
 logger = init_logger(__name__)
-
-# Optional; vLLM's name and Hugging Face's.
-INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
 
 # Where nn.Module keeps what belongs to it.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -76,16 +80,13 @@ class CallableModelWrapper(nn.Module):
         if not self._context.is_first_stage:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
         if self._context.is_last_stage and not self._registration.is_pooling_model:
-            self._logits = logits_function(arch, module, self._vocab_size)
-        self._logits_seen = False
-        if self._context.is_first_stage and not any(
-            hasattr(module, name) for name in INPUT_EMBEDDINGS
-        ):
-            logger.warning_once(
-                "%s has none of %s: requests with prompt embeddings will be refused.",
-                arch,
-                ", ".join(INPUT_EMBEDDINGS),
+            self._logits = logits_function(
+                arch, module, self._vocab_size, self._context.tensor_parallel_size
             )
+        self._logits_seen = False
+        check_quantization(arch, module, vllm_config)
+        if vllm_config.model_config.enable_prompt_embeds:
+            check_takes_embeddings(arch, module, self._forward_keywords)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -195,7 +196,7 @@ class CallableModelWrapper(nn.Module):
         logits = self._logits(hidden_states)
         if logits is not None and not self._logits_seen:
             self._logits_seen = True
-            check_finite(self._arch, logits)
+            check_logits(self._arch, logits)
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
@@ -243,11 +244,49 @@ class CallableModelWrapper(nn.Module):
             )
         enter_stage("trying the model on a few tokens")
         self.eval()  # vLLM does so once the model is loaded
-        with (
-            set_current_vllm_config(self._vllm_config),
-            set_forward_context(None, self._vllm_config, num_tokens=tokens),
-        ):
+
+        def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received)
             if isinstance(hidden_states, torch.Tensor):
                 self.compute_logits(hidden_states)
+
+        with (
+            set_current_vllm_config(self._vllm_config),
+            set_forward_context(None, self._vllm_config, num_tokens=tokens),
+        ):
+            try:
+                run()
+            except Exception as error:
+                if not self._constants or "dtype" not in _types_in(error):
+                    error.add_note(self._how_it_was_called(tokens))
+                    raise
+                self._round_constants(error)
+                run()
+
+    def _round_constants(self, error: Exception) -> None:
+        """Cast constants that `forward` uses beside activations, without a cast."""
+        dtype = self._vllm_config.model_config.dtype
+        names = round_constants(self._constants, dtype)
+        logger.warning(
+            "%s: forward fails with constants in float32 (%s), so they are rounded to "
+            "%s: %s. Cast in forward what is combined with activations, as by "
+            "`.to(x.dtype)`, to keep the others as they were computed.",
+            self._arch,
+            str(error).strip().partition("\n")[0],
+            dtype,
+            ", ".join(names),
+        )
+        self._constants = []
+
+    def _how_it_was_called(self, tokens: int) -> str:
+        return (
+            f"raised by {type(self.module).__name__}.forward(input_ids [{tokens}], "
+            f"positions [{tokens}]): vLLM calls {FORWARD}, with the tokens of all "
+            "sequences on one axis, without a batch axis."
+        )
+
+
+def _types_in(error: Exception) -> str:
+    """The message of an error, where each of PyTorch's words for a dtype is one."""
+    return str(error).replace("scalar type", "dtype")
