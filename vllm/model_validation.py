@@ -78,7 +78,8 @@ class TokenComparison:
             with it do not count. 0 if the reference's logits have NaNs.
         kl: KL(served || reference) over the log-probs served at this position, both
             sides normalized over these; None if fewer than two were served.
-        finite: whether all the above are finite numbers.
+        finite: whether all the above are finite numbers, or both log-probabilities
+            are -inf: the token is masked on both sides.
         text: the token's text, if there is a tokenizer.
 
     """
@@ -96,7 +97,9 @@ class TokenComparison:
 
     @property
     def logprob_diff(self) -> float:
-        """|Δ log p| in nats; NaN if either side is."""
+        """|Δ log p| in nats; NaN if either side is, 0 if both are -inf."""
+        if self.served_logprob == self.reference_logprob:
+            return 0.0
         return abs(self.served_logprob - self.reference_logprob)
 
     @property
@@ -395,7 +398,8 @@ def validate_outputs(
             kl = _kl(served, row)
             if generated:
                 served_per_token.append(len(served))
-            numbers = [served[token_id], row[token_id].item(), kl or 0.0]
+            pair = {served[token_id], row[token_id].item()}
+            numbers = {kl or 0.0} | (set() if pair == {-math.inf} else pair)
             tokens.append(
                 TokenComparison(
                     prompt=index,

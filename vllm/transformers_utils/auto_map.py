@@ -4,7 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Container, Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -35,12 +42,18 @@ class AutoMapModel:
 
     def load(self) -> Any:
         """The class or factory itself. Runs the directory's code."""
-        return get_class_from_dynamic_module(
-            self.reference,
-            self.model,
-            revision=self.revision,
-            code_revision=self.code_revision,
-        )
+        try:
+            return get_class_from_dynamic_module(
+                self.reference,
+                self.model,
+                revision=self.revision,
+                code_revision=self.code_revision,
+            )
+        except OSError:
+            # Transformers takes `.parts.core` for a file of that name.
+            if "--" in self.reference or not os.path.isdir(self.model):
+                raise
+            return _load_from_package(Path(self.model), self.reference)
 
     def __call__(
         self, vllm_config: VllmConfig, parallel_context: ParallelContext
@@ -51,11 +64,37 @@ class AutoMapModel:
         return target(vllm_config, parallel_context)
 
 
-def model_reference(auto_map: Mapping[str, str] | None) -> str | None:
-    """What `auto_map` names as the model, `VllmModel` before `AutoModel...`."""
+def _load_from_package(directory: Path, reference: str) -> Any:
+    """What `reference`, a `file.name`, is in a directory that is taken for a package.
+
+    Its code may import from folders in it, as `from .parts.core import ...`.
+    """
+    digest = hashlib.sha256(str(directory.resolve()).encode())
+    for path in sorted(directory.rglob("*.py")):
+        digest.update(path.read_bytes())
+    package = f"model_code_{digest.hexdigest()}"  # edited code is another package
+    if package not in sys.modules:
+        spec = ModuleSpec(package, None, is_package=True)
+        spec.submodule_search_locations = [str(directory)]
+        sys.modules[package] = module_from_spec(spec)
+    file, _, name = reference.rpartition(".")
+    return getattr(importlib.import_module(f"{package}.{file}"), name)
+
+
+def model_reference(
+    auto_map: Mapping[str, str | Sequence[str | None]] | None,
+) -> str | None:
+    """What `auto_map` names as the model, `VllmModel` before `AutoModel...`.
+
+    Of a list, as tokenizers have, the first that is named.
+    """
     named = auto_map or {}
-    keys = [key for key in named if key.startswith("AutoModel")]
-    return next((named[key] for key in [VLLM_KEY, *keys] if key in named), None)
+    for key in [VLLM_KEY, *(key for key in named if key.startswith("AutoModel"))]:
+        value = named.get(key)
+        for reference in [value] if isinstance(value, str) else value or ():
+            if reference is not None:
+                return reference
+    return None
 
 
 def auto_map_model(
@@ -74,7 +113,7 @@ def auto_map_model(
     model = AutoMapModel(reference, model_config)
     if VLLM_KEY in auto_map:
         return model
-    if any(arch in known for arch in model_config.architectures):
+    if any(arch in known for arch in model_config.hf_config.architectures or ()):
         return None
     target = model.load()
     if isinstance(target, type) and issubclass(target, PreTrainedModel):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import copy
+import dataclasses
 import functools
 import gc
 import importlib
+import json
+import os
 import pickle
 import sys
 import threading
@@ -13,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_model import (
+    CONFIG,
     VOCAB,
     TinyModel,
     build,
@@ -28,7 +32,7 @@ from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.callable_model import (
     CallableModelWrapper,
     _CallableRegisteredModel,
-    registry_of,
+    _NamedRegisteredModel,
 )
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7]]
@@ -84,7 +88,7 @@ class TestRegistration:
         ModelRegistry.register_model("TinyModel", CALLABLES[form])
         model_cls = ModelRegistry.models["TinyModel"].load_model_cls()
         assert issubclass(model_cls, CallableModelWrapper)
-        assert model_cls.__name__ in ("TinyModel", "build")
+        assert model_cls.__name__ == "TinyModel"
 
     def test_questions_are_answered_without_calling_the_factory(self):
         def factory(vllm_config, parallel_context):
@@ -194,22 +198,108 @@ class TestTransport:
         with pytest.raises(ImportError, match="No module named 'only_here'. What it"):
             copied.factory(None, None)
 
-    def test_what_travels_with_the_config(self):
-        class Config:
-            architectures = ["LambdaModel", "LazyModel", "LlamaForCausalLM"]
+    def test_what_cannot_be_imported_there_keeps_its_capabilities_and_traceback(
+        self, monkeypatch, tmp_path
+    ):
+        (tmp_path / "broken_there.py").write_text("def build(c, p): ...")
+        monkeypatch.syspath_prepend(tmp_path)
+        factory = importlib.import_module("broken_there").build
+        model = _CallableRegisteredModel("M", factory, {"has_inner_state": True})
+        pickled = pickle.dumps(model)
+        monkeypatch.delitem(sys.modules, "broken_there")
+        (tmp_path / "broken_there.py").write_text("1 / 0")
+        importlib.invalidate_caches()
+        copied = pickle.loads(pickle.dumps(pickle.loads(pickled)))
+        assert copied.capabilities == {"has_inner_state": True}
+        with pytest.raises(ImportError, match="division by zero") as error:
+            copied.factory(None, None)
+        assert "broken_there.py" in error.value.__notes__[0]
+
+    def test_what_travels_with_the_config(self, model_dir):
+        def config_of(*architectures):
+            return ModelConfig(
+                str(model_dir),
+                hf_overrides={"architectures": list(architectures)},
+                skip_tokenizer_init=True,
+            )
 
         ModelRegistry.register_model("LambdaModel", lambda c, p: TinyModel())
         ModelRegistry.register_model("LazyModel", "tiny_model:build")
-        config = Config()
-        assert registry_of(config, ModelRegistry).models == ModelRegistry.models
-        carried = pickle.loads(pickle.dumps(vars(config)))["_registered_callables"]
-        assert carried.keys() == {"LambdaModel", "LazyModel"}
+        config = config_of("LambdaModel", "LazyModel", "LlamaForCausalLM")
+        kept = config.registered_callables
+        assert kept.keys() == {"LambdaModel", "LazyModel"}
         # A later registration is another config's, and a worker has none at all.
-        kept = registry_of(config, ModelRegistry).models["LambdaModel"]
         ModelRegistry.register_model("LambdaModel", build)
-        assert registry_of(config, ModelRegistry).models["LambdaModel"] is kept
         del ModelRegistry.models["LazyModel"]
-        assert "LazyModel" in registry_of(config, ModelRegistry).models
+        for same in (
+            config,
+            copy.copy(config),
+            copy.deepcopy(config),
+            dataclasses.replace(config, mm_tensor_ipc="direct_rpc"),
+            pickle.loads(pickle.dumps(config)),
+        ):
+            models = same.registry.models
+            assert models["LazyModel"] == kept["LazyModel"]
+            assert models["LambdaModel"].factory.__name__ == "<lambda>"
+        assert config.compute_hash() == copy.deepcopy(config).compute_hash()
+
+    @pytest.mark.parametrize("form", ["string", "class", "lambda"])
+    def test_an_entry_in_the_place_of_vllms_own_travels(self, model_dir, form):
+        class Local(TinyModel):
+            """A class that no module has, with vLLM's interface."""
+
+            def __init__(self, *, vllm_config, prefix=""):
+                super().__init__()
+
+            def embed_input_ids(self, input_ids):
+                return self.embedding(input_ids)
+
+            def compute_logits(self, hidden_states):
+                return self.lm_head(hidden_states)
+
+        entry = {"class": Local, **CALLABLES}[form]
+        own = ModelRegistry.models["LlamaForCausalLM"]
+        ModelRegistry.register_model("LlamaForCausalLM", entry)
+        config = ModelConfig(
+            str(model_dir),
+            hf_overrides={"architectures": ["LlamaForCausalLM"]},
+            skip_tokenizer_init=True,
+        )
+        ModelRegistry.models["LlamaForCausalLM"] = own  # as in a spawned worker
+        model_cls = get_model_cls(pickle.loads(pickle.dumps(config)))
+        expected_name = "Local" if form == "class" else "LlamaForCausalLM"
+        assert model_cls.__name__ == expected_name
+        assert model_cls is not own.load_model_cls()
+
+    def test_vllms_own_entries_do_not_travel(self, model_dir):
+        llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        (model_dir / "config.json").write_text(json.dumps(CONFIG | llama))
+        config = ModelConfig(str(model_dir), skip_tokenizer_init=True)
+        assert config.registered_callables == {}
+
+    def test_what_a_string_names_is_asked_anew_after_an_edit(
+        self, monkeypatch, tmp_path
+    ):
+        (tmp_path / "declared.py").write_text(
+            "from torch import nn\nclass M(nn.Module):\n    supports_pp = True\n"
+        )
+        (tmp_path / "named.py").write_text(
+            "import declared\ndef build(c, p) -> declared.M: ...\n"
+            "def other(c, p): ...\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+        model = _NamedRegisteredModel("named", "build", "First")
+        other = _NamedRegisteredModel("named", "other", "Second")
+        assert model.inspect_model_cls().supports_pp
+        assert not other.inspect_model_cls().supports_pp
+        assert "named" not in sys.modules  # another process asked it
+        (tmp_path / "declared.py").write_text(
+            "from torch import nn\nclass M(nn.Module):\n    has_inner_state = True\n"
+        )
+        info = model.inspect_model_cls()
+        assert info.has_inner_state and not info.supports_pp
+        assert info.architecture == "First"
 
     def test_what_was_replaced_is_not_kept(self, model_dir):
         def resolve(factory):

@@ -22,7 +22,7 @@ from ranks import run_ranks
 from tiny_model import TinyModel
 from torch import nn
 
-from vllm.model_executor.models.callable_model import _check_same_on_all_ranks
+from vllm.model_executor.models.callable_model.checks import check_same_on_all_ranks
 
 pytestmark = pytest.mark.engine
 SLOW = pytest.mark.slow
@@ -168,16 +168,16 @@ def another_model_on_rank_1(context):
         f"class {Other.__module__}.Other."
     )
     with pytest.raises(ValueError, match=message):
-        _check_same_on_all_ranks("TinyModel", model, context)
+        check_same_on_all_ranks("TinyModel", model, context)
 
 
 def another_tensor_on_rank_1(context):
     model = TinyModel()
-    _check_same_on_all_ranks("TinyModel", model, context)
+    check_same_on_all_ranks("TinyModel", model, context)
     if context.tensor_parallel_rank == 1:
         model.register_parameter("extra", nn.Parameter(model.lm_head.weight[0]))
     with pytest.raises(ValueError, match="rank 1 has extra, 1 axes of torch.float32"):
-        _check_same_on_all_ranks("TinyModel", model, context)
+        check_same_on_all_ranks("TinyModel", model, context)
 
 
 @pytest.mark.parametrize("check", [another_model_on_rank_1, another_tensor_on_rank_1])

@@ -68,6 +68,9 @@ _COLWISE_REP = Style("outputs", gives="gathered")
 _ROWWISE = Style("inputs", gives="summed")
 _ROWWISE_REP = Style("inputs", takes="part", gives="summed")
 
+# Transformers adds it to the plan of a config with tied embeddings.
+_TIED_EMBEDDING = {"embed_tokens": "embedding_rowwise"}
+
 # The names are those of transformers' `ALL_PARALLEL_STYLES`, old ones included.
 STYLES = {
     "colwise": Style("outputs"),
@@ -102,7 +105,8 @@ def apply_plans(
             submodules have `tp_plan` or `_tp_plan`, `pp_plan` or `_pp_plan`, and
             `_no_split_modules`; a submodule's names are relative to it. Without
             them, those in `config.json` count: `base_model_tp_plan` and
-            `base_model_pp_plan`.
+            `base_model_pp_plan`. An empty one on the module means none at all.
+            Those that Transformers has for its models count where they divide.
         vllm_config: The engine's; attention layers that other stages own leave its
             `static_forward_context`.
         context: The place of this rank.
@@ -116,15 +120,19 @@ def apply_plans(
 
     """
     hf_config = vllm_config.model_config.hf_config
+    splits_tensors = context.tensor_parallel_size > 1
+    cuts_stages = context.pipeline_parallel_size > 1
     # All is checked before anything is changed, at one rank as at many.
-    styles = _match_styles(module, _find_plan(module, "tp_plan", hf_config))
+    tp_plan = _find_plan(module, "tp_plan", hf_config, splits_tensors)
+    styles = _match_styles(module, tp_plan)
     splits = _splits(module, styles)
-    stages = _match_stages(module, _find_plan(module, "pp_plan", hf_config))
-    if context.tensor_parallel_size > 1:
+    pp_plan = _find_plan(module, "pp_plan", hf_config, cuts_stages)
+    stages = _match_stages(module, pp_plan)
+    if splits_tensors:
         _split(module, splits, context)
         _divide_attention(module, styles, context)
         _change_forwards(module, styles, context)
-    if context.pipeline_parallel_size > 1 and stages is not None:
+    if cuts_stages and stages is not None:
         _cut_stage(module, stages, vllm_config, context)
     return module
 
@@ -151,18 +159,26 @@ class _Stages:
     layer_input: str
 
 
-def _find_plan(module: nn.Module, name: str, hf_config: Any) -> dict[str, Any]:
-    """The module's plan of that name, its submodules' merged into it."""
-    merged: dict[str, Any] = {}
-    family: set[str] = set()
+def _find_plan(
+    module: nn.Module, name: str, hf_config: Any, divides: bool
+) -> dict[str, Any]:
+    """The module's plan of that name, its submodules' merged into it.
+
+    What Transformers wrote, and not the user, is left out unless the plan `divides`
+    the module here.
+    """
+    attributes = (name, f"_{name}")
+    on_module = [getattr(module, attribute, None) for attribute in attributes]
+    if {} in on_module and not any(on_module):
+        return {}
+    defaults: set[str] = set()
     for prefix, part in module.named_modules():
         dot = f"{prefix}." if prefix else ""
-        # Transformers' own plans are for all models of a config class: some patterns
-        # are for layers that only others have.
-        config_cls = type(getattr(part, "config", None))
-        plan = getattr(config_cls, f"base_model_{name}", None) or {}
-        family |= {f"{dot}{pattern}" for pattern in plan}
-        for attribute in (name, f"_{name}"):
+        defaults |= {f"{dot}{pattern}" for pattern in _default_plan(part, name)}
+    merged: dict[str, Any] = {}
+    for prefix, part in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for attribute in attributes:
             plan = getattr(part, attribute, None) or {}
             if not isinstance(plan, Mapping):
                 raise ValueError(
@@ -171,21 +187,43 @@ def _find_plan(module: nn.Module, name: str, hf_config: Any) -> dict[str, Any]:
                 )
             for pattern, value in plan.items():
                 full = f"{dot}{pattern}"
+                if full in defaults and not divides:
+                    continue
                 if merged.setdefault(full, value) != value:
                     raise ValueError(
                         f"{_kind(module)}: two plans name {full!r}, as "
                         f"{merged[full]!r} and as {value!r}. Leave one of them out."
                     )
     if not merged:
-        plan = getattr(hf_config, f"base_model_{name}", None) or {}
-        if plan != getattr(type(hf_config), f"base_model_{name}", None):
-            merged = dict(plan)  # config.json's, not that of another model's class
+        merged = _plan_of_file(hf_config, name)
     names = _names(module)
     return {
         pattern: value
         for pattern, value in merged.items()
-        if pattern not in family or _matches(pattern, names)
+        # Transformers' plans are for all models of a class: some patterns are for
+        # layers that only others have.
+        if pattern not in defaults or _matches(pattern, names)
     }
+
+
+def _default_plan(part: nn.Module, name: str) -> dict[str, Any]:
+    """What Transformers' own classes give `part` for a plan."""
+    config_cls = type(getattr(part, "config", None))
+    plan = dict(getattr(config_cls, f"base_model_{name}", None) or {})
+    if plan and name == "tp_plan":
+        plan |= _TIED_EMBEDDING
+    if type(part).__module__.startswith("transformers."):
+        plan |= getattr(type(part), f"_{name}", None) or {}
+    return plan
+
+
+def _plan_of_file(hf_config: Any, name: str) -> dict[str, Any]:
+    """The plan in `config.json`, if it is not that of another model's class."""
+    plan = dict(getattr(hf_config, f"base_model_{name}", None) or {})
+    of_class = getattr(type(hf_config), f"base_model_{name}", None) or {}
+    if of_class and plan in (of_class, {**of_class, **_TIED_EMBEDDING}):
+        return {}
+    return plan
 
 
 def _match_styles(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, _Entry]:

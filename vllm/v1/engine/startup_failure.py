@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+import vllm.envs as envs
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -42,7 +44,6 @@ GATHER_TIMEOUTS_S = 5.0
 REAP_S = 5.0
 
 FACTORY_TIMEOUT = "VLLM_MODEL_FACTORY_TIMEOUT_S"
-DEFAULT_FACTORY_TIMEOUT_S = 1800.0
 
 
 class StartupError(RuntimeError):
@@ -123,10 +124,18 @@ def raise_pending(events: list[tuple[Any, int]], handshake_socket: zmq.Socket) -
 
 def describe_exits(exit_codes: Mapping[str, int]) -> str:
     """How processes, by name, ended that exited without a report."""
-    return " ".join(
+    ends = [
         f"The process {name} {_how_it_ended(code, 'starting')} Its log is above."
         for name, code in exit_codes.items()
-    )
+    ]
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program is not None and not os.path.exists(program):
+        ends.append(
+            "A process that is spawned imports the program again, but that was read "
+            f"from {os.path.basename(program)}, which is no file: save it in one, or "
+            "set VLLM_ENABLE_V1_MULTIPROCESSING=0."
+        )
+    return " ".join(ends)
 
 
 def receive(
@@ -215,12 +224,12 @@ def _how_it_ended(exit_code: int | None, stage: str) -> str:
 
 @contextmanager
 def time_limit(task: str) -> Iterator[None]:
-    """Fail if the block takes longer than `VLLM_MODEL_FACTORY_TIMEOUT_S`; 0 for ever.
+    """Fail if the block takes longer than `VLLM_MODEL_FACTORY_TIMEOUT_S`, if set.
 
     A worker then reports where it hangs, and exits. Elsewhere `TimeoutError` is raised
     at that place, which only the main thread can be made to do: others have no limit.
     """
-    limit = float(os.environ.get(FACTORY_TIMEOUT, DEFAULT_FACTORY_TIMEOUT_S))
+    limit = envs.VLLM_MODEL_FACTORY_TIMEOUT_S
     in_main_thread = threading.current_thread() is threading.main_thread()
     outside = len(traceback.extract_stack()) - 3  # this, contextlib, and the caller
 

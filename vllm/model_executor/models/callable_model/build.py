@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The call of a registered callable, in the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.parallel_plan import apply_plans
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.engine.startup_failure import enter_stage, time_limit
+
+from .checks import check_same_on_all_ranks, check_signature
+from .messages import describe, name_of
+from .precision import Float32Constants
+
+ModelFactory = Callable[..., nn.Module]
+
+SIGNATURE = "factory(vllm_config, parallel_context) -> torch.nn.Module"
+
+
+def build_module(
+    architecture: str,
+    registered: ModelFactory | str,
+    vllm_config: VllmConfig,
+    prefix: str,
+) -> tuple[nn.Module, list[tuple[nn.Module, str]]]:
+    """Call the registered factory, check what it returned, and apply its plans.
+
+    Returns:
+        The module, on the worker's device, and the float32 constants that it computed.
+
+    """
+    context = ParallelContext.from_config(vllm_config.parallel_config)
+    factory = registered
+    if isinstance(factory, str):
+        factory = resolve_obj_by_qualname(factory.replace(":", "."))
+    takes_prefix = check_signature(architecture, factory)
+    keywords = {"prefix": prefix} if takes_prefix else {}
+    task = f"the registered {name_of(registered)} of {architecture}"
+    enter_stage(f"building the model by {task}")
+    precision = Float32Constants(vllm_config.model_config.dtype)
+    narrow = precision.dtype in (torch.bfloat16, torch.float16)
+    try:
+        with time_limit(task):
+            with precision if narrow else nullcontext():
+                module = factory(vllm_config, context, **keywords)
+            if isinstance(module, nn.Module):
+                check_same_on_all_ranks(architecture, module, context)
+    except Exception as error:
+        error.add_note(f"raised by {task}, called with {context}")
+        raise
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{architecture}: the registered {name_of(registered)} returned "
+            f"{describe(module)}; expected a torch.nn.Module. The signature "
+            f"wanted is {SIGNATURE}."
+        )
+    constants = precision.computed(module) if narrow else []
+    module = apply_plans(module, vllm_config, context)
+    # A module that was built before, by the caller, may lie elsewhere.
+    return module.to(vllm_config.device_config.device), constants

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Checks of what is registered, and of the module that it builds."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.registry import _ModelInfo
+from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
+
+from .messages import describe, name_of
+
+FORWARD = "forward(self, input_ids, positions) -> hidden states [tokens, hidden]"
+
+# How forward may take what the previous pipeline stage returned: vLLM's name for its
+# IntermediateTensors, and the usual one for hidden states in the place of embeddings.
+STAGE_INPUTS = ("intermediate_tensors", "inputs_embeds")
+
+# Optional; vLLM's name and Hugging Face's.
+INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
+
+ADAPTER_CAPABILITIES = ("supports_lora", "packed_modules_mapping", "embedding_modules")
+
+
+def check_signature(architecture: str, factory: Any) -> bool:
+    """Whether `factory` also declares `prefix`.
+
+    Raises:
+        TypeError: it cannot be called with two positional arguments.
+
+    """
+    if isinstance(factory, type) and issubclass(factory, nn.Module):
+        raise TypeError(
+            f"{architecture}: {factory.__name__} is a model class, which declares its "
+            "capabilities itself, as class attributes."
+        )
+    if isinstance(factory, nn.Module):
+        raise TypeError(
+            f"{architecture}: expected a callable that returns a module, got a "
+            f"{type(factory).__name__} module. Register "
+            "`lambda vllm_config, parallel_context: module` instead."
+        )
+    if not callable(factory):
+        raise TypeError(
+            f"{architecture}: expected a model class, a callable or a string "
+            f"'module:name', got {describe(factory)}."
+        )
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # some builtins have none to inspect
+        return False
+    parameter = signature.parameters.get("prefix")
+    takes_prefix = parameter is not None and parameter.kind in (
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    keywords = {"prefix": ""} if takes_prefix else {}
+    try:
+        signature.bind(None, None, **keywords)
+    except TypeError as error:
+        raise TypeError(
+            f"{architecture}: the {name_of(factory)} has the signature {signature}, "
+            f"but is called as factory(vllm_config, parallel_context): {error}."
+        ) from None
+    return takes_prefix
+
+
+def check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
+    known |= {"supports_torch_compile"}
+    for name in capabilities:
+        if name in ADAPTER_CAPABILITIES:
+            raise TypeError(
+                f"{architecture}: {name!r} declares adapters, which are not served "
+                "with registered callables yet. Leave it out, and merge the adapter "
+                "into the weights."
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+            raise TypeError(
+                f"{architecture}: {name!r} is not a capability that vLLM asks for; "
+                f"did you mean {', '.join(near)}?"
+            )
+
+
+# What vLLM takes from config.json. A model may do without the others.
+CONFIG_KEYS = {
+    "vocab_size": "the number of logits of each token",
+    "hidden_size": "the width of hidden states",
+    "num_attention_heads": "what tensor-parallel ranks divide, and the size of a head",
+    "num_hidden_layers": "the number of layers that pipeline stages divide",
+    "max_position_embeddings": "the longest sequence",
+}
+REQUIRED_KEYS = ("vocab_size",)
+
+
+def check_config(model_config: ModelConfig) -> None:
+    """Check the values that vLLM reads of a registered model's config.
+
+    Raises:
+        ValueError: one is missing, or is not a number that vLLM can use.
+
+    """
+    config = model_config.hf_text_config
+    for key, use in CONFIG_KEYS.items():
+        if not hasattr(config, key) and key not in REQUIRED_KEYS:
+            continue
+        value = getattr(config, key, None)
+        least = 1 if key in REQUIRED_KEYS else 0
+        if not isinstance(value, int) or value < least:
+            has = f"has {key}: {value!r}" if hasattr(config, key) else f"has no {key}"
+            names = ", ".join(model_config.hf_config.architectures)
+            raise ValueError(
+                f"{names}: config.json {has}; "
+                f"vLLM reads it as {use}. Write it under this name, or pass "
+                f"hf_overrides={{{key!r}: ...}}."
+            )
+
+
+def check_quantization(
+    architecture: str, module: nn.Module, vllm_config: VllmConfig
+) -> None:
+    """Quantization is what vLLM's layers do that are given its config.
+
+    Raises:
+        ValueError: it is asked for, and no layer does it.
+
+    """
+    if vllm_config.quant_config is None:
+        return
+    if not any(
+        getattr(part, "quant_config", None) is not None
+        for part in module.modules()
+        if not isinstance(part, AttentionLayerBase)  # quantizes the KV cache only
+    ):
+        quantization = vllm_config.model_config.quantization
+        raise ValueError(
+            f"{architecture}: quantization={quantization!r} is asked for, but no layer "
+            f"of {type(module).__name__} does it. Give vLLM's linear layers "
+            "quant_config=vllm_config.quant_config; or start without quantization, and take quantization_config out of config.json."
+        )
+
+
+def check_same_on_all_ranks(
+    architecture: str, module: nn.Module, context: ParallelContext
+) -> None:
+    """Compare the module's class and tensors with those of the tensor-parallel group.
+
+    Shapes are left out, as shards may be uneven, and with expert parallelism names are,
+    as each rank has its own experts.
+
+    Raises:
+        ValueError: rank 0 has another; the same on every rank.
+
+    """
+    if context.tensor_parallel_size == 1:
+        return
+    lines = [f"the class {type(module).__module__}.{type(module).__qualname__}"]
+    if context.expert_parallel_size == 1:
+        lines += [
+            f"{name}, {tensor.dim()} axes of {tensor.dtype}"
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor)
+        ]
+    texts = all_gather_text("\n".join(lines), get_tp_group().cpu_group)
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            pairs = zip_longest(texts[0].split("\n"), text.split("\n"))
+            first, other = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(
+                f"{architecture}: tensor-parallel ranks built different models. First "
+                f"difference: rank 0 has {first or 'no more tensors'}; rank {rank} has "
+                f"{other or 'no more tensors'}. Build the same module on every rank, "
+                "each with its shards."
+            )
+
+
+def forward_keywords(architecture: str, module: nn.Module) -> frozenset[str] | None:
+    """Names of forward's optional arguments that vLLM may pass, None for any.
+
+    Raises:
+        TypeError: forward is missing or cannot take `input_ids` and `positions`.
+
+    """
+    kind = type(module).__name__
+    if type(module).forward is nn.Module.forward:
+        raise TypeError(f"{architecture}: {kind} has no forward. vLLM calls {FORWARD}.")
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"{architecture}: {kind}.forward{signature} cannot be called with token "
+            f"ids and positions ({error}). vLLM calls {FORWARD}."
+        ) from None
+    parameters = signature.parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(list(signature.parameters)[2:])
+
+
+def stage_input(
+    architecture: str, module: nn.Module, keywords: frozenset[str] | None
+) -> str:
+    """Which argument of forward takes what the previous pipeline stage returned.
+
+    Raises:
+        TypeError: forward has none.
+
+    """
+    for name in STAGE_INPUTS:
+        if keywords is None or name in keywords:
+            return name
+    raise TypeError(
+        f"{architecture}: {type(module).__name__}.forward"
+        f"{inspect.signature(module.forward)} of a pipeline stage after the first has "
+        "no argument for the hidden states of the stage before. Add "
+        "inputs_embeds=None, which gets them as [tokens, hidden], or "
+        "intermediate_tensors=None, which gets vLLM's IntermediateTensors; or give the "
+        "module a pp_plan, which cuts it into stages."
+    )
+
+
+def check_takes_embeddings(
+    architecture: str, module: nn.Module, keywords: frozenset[str] | None
+) -> None:
+    """Prompt embeddings, once enabled, are how all requests reach the module.
+
+    Raises:
+        TypeError: it cannot give embeddings, or its forward cannot take them.
+
+    """
+    wanted = []
+    if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
+        wanted.append(
+            "embed_input_ids(self, input_ids), which returns [tokens, hidden]"
+        )
+    if keywords is not None and "inputs_embeds" not in keywords:
+        wanted.append("inputs_embeds=None to forward, which takes them for input_ids")
+    if wanted:
+        raise TypeError(
+            f"{architecture}: prompt embeddings are enabled, but "
+            f"{type(module).__name__} cannot take them. Add {' and '.join(wanted)}; or "
+            "start without enable_prompt_embeds."
+        )

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The module that a registered callable built, with vLLM's model interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from vllm.compilation.registered_model import add_to_compile_hash
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.models.parallel_plan import HIDDEN_STATES
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.sequence import IntermediateTensors
+from vllm.v1.engine.startup_failure import enter_stage
+
+from .build import build_module
+from .checks import (
+    FORWARD,
+    check_quantization,
+    check_takes_embeddings,
+    forward_keywords,
+    stage_input,
+)
+from .logits import check_logits, logits_function
+from .messages import describe
+from .precision import round_constants
+
+if TYPE_CHECKING:
+    from .registration import _CallableRegisteredModel
+
+logger = init_logger(__name__)
+
+# Where nn.Module keeps what belongs to it.
+MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+WARM_UP_TOKENS = 8
+
+
+class CallableModelWrapper(nn.Module):
+    """The module that a registered callable built, with vLLM's model interface.
+
+    It shares the module's own tables of parameters, buffers and children instead of
+    holding it as a child: names in the state dict are exactly the module's. What
+    vLLM asks for beyond the methods here is looked up on the module.
+
+    `load_model_cls` of the registration makes the subclasses that vLLM builds.
+
+    Raises:
+        TypeError: the callable did not return a module that vLLM can run.
+
+    """
+
+    _registration: ClassVar[_CallableRegisteredModel]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        arch = self._registration.architecture
+        module = build_module(arch, self._registration.factory, vllm_config, prefix)
+        # Not setattr: nn.Module would make it a child and prefix every name.
+        self.__dict__["module"] = module
+        for table in MODULE_TABLES:
+            self.__dict__[table] = module.__dict__[table]
+
+        add_to_compile_hash(module, vllm_config)
+
+        self._arch = arch
+        self._vllm_config = vllm_config
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._hidden_size = vllm_config.model_config.get_hidden_size()
+        self._context = ParallelContext.from_config(vllm_config.parallel_config)
+        self._forward_keywords = forward_keywords(arch, module)
+        self._stage_input = None
+        if not self._context.is_first_stage:
+            self._stage_input = stage_input(arch, module, self._forward_keywords)
+        if self._context.is_last_stage and not self._registration.is_pooling_model:
+            self._logits = logits_function(
+                arch, module, self._vocab_size, self._context.tensor_parallel_size
+            )
+        self._logits_seen = False
+        check_quantization(arch, module, vllm_config)
+        if vllm_config.model_config.enable_prompt_embeds:
+            check_takes_embeddings(arch, module, self._forward_keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "module" not in self.__dict__:
+                raise
+            return getattr(self.module, name)
+
+    def train(self, mode: bool = True) -> CallableModelWrapper:
+        self.module.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, `[tokens]` -> `[tokens, hidden]`."""
+        if hasattr(self.module, "embed_input_ids"):
+            return self.module.embed_input_ids(input_ids)
+        if hasattr(self.module, "get_input_embeddings"):
+            return self.module.get_input_embeddings()(input_ids)
+        raise NotImplementedError(
+            f"{self._arch}: prompt embeddings and multimodal inputs need "
+            f"embed_input_ids(self, input_ids) on {type(self.module).__name__}, "
+            "which has neither that nor get_input_embeddings()."
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Hidden states `[tokens, hidden]` of flattened `input_ids` `[tokens]`.
+
+        A pipeline stage that is not the last wraps them as `IntermediateTensors`;
+        one that is not the first gets those of the stage before.
+        """
+        if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
+            inputs_embeds = intermediate_tensors[HIDDEN_STATES]
+            intermediate_tensors = None
+        # A new dict: vLLM takes a trace that changes one of its own for a mistake.
+        offered = {
+            **kwargs,
+            "intermediate_tensors": intermediate_tensors,
+            "inputs_embeds": inputs_embeds,
+        }
+        passed = {
+            name: value
+            for name, value in offered.items()
+            if self._forward_keywords is None or name in self._forward_keywords
+        }
+        for name, value in offered.items():
+            if value is not None and name not in passed:
+                raise TypeError(
+                    f"{self._arch}: vLLM has {name} to pass, but "
+                    f"{type(self.module).__name__}.forward takes no such argument. "
+                    f"Add {name}=None to it."
+                )
+        hidden_states = self.module(input_ids, positions, **passed)
+        if isinstance(hidden_states, IntermediateTensors):
+            return self._to_next_stage(hidden_states)
+        tokens = positions.shape[-1]
+        if (
+            not isinstance(hidden_states, torch.Tensor)
+            or hidden_states.dim() != 2
+            or hidden_states.shape[0] != tokens
+        ):
+            raise ValueError(
+                f"{self._arch}: {type(self.module).__name__}.forward returned "
+                f"{describe(hidden_states)} for {tokens} tokens; vLLM wants hidden "
+                f"states of shape [{tokens}, hidden]. Tokens are flattened: drop the "
+                "batch axis, and leave the output head to compute_logits."
+            )
+        if self._context.is_last_stage:
+            return hidden_states
+        return self._to_next_stage(IntermediateTensors({HIDDEN_STATES: hidden_states}))
+
+    def _to_next_stage(self, tensors: IntermediateTensors) -> IntermediateTensors:
+        """`tensors`, which have to fit the room that the next stage has for them."""
+        if not hasattr(self.module, "make_empty_intermediate_tensors"):
+            widths = {name: list(t.shape[1:]) for name, t in tensors.items()}
+            if widths != {HIDDEN_STATES: [self._hidden_size]}:
+                raise ValueError(
+                    f"{self._arch}: from one pipeline stage to the next go tensors "
+                    f"{widths} for each token; expected {HIDDEN_STATES} of the "
+                    f"config's hidden_size {self._hidden_size}. Give "
+                    f"{type(self.module).__name__} "
+                    "make_empty_intermediate_tensors(batch_size, dtype, device) for "
+                    "others."
+                )
+        return tensors
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[tokens, vocab]` of hidden states `[tokens, hidden]`.
+
+        Vocabulary-parallel logits are gathered. None on ranks that vLLM's own
+        output head leaves without.
+        """
+        logits = self._logits(hidden_states)
+        if logits is not None and not self._logits_seen:
+            self._logits_seen = True
+            check_logits(self._arch, logits)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Load with the module's own `load_weights`, or by name if it has none."""
+        enter_stage("loading the weights")
+        if hasattr(self.module, "load_weights"):
+            return self.module.load_weights(weights)
+        return load_full_checkpoint(
+            self.module,
+            weights,
+            self._context,
+            source=self._vllm_config.model_config.model,
+        )
+
+    def process_weights_after_loading(self) -> None:
+        """Finish the module's own processing, then try the model on a few tokens.
+
+        vLLM warms up most configurations later, but not all; a model that cannot
+        run must fail here, while it is loaded.
+        """
+        if hasattr(self.module, "process_weights_after_loading"):
+            self.module.process_weights_after_loading()
+        # A compiled module must first meet vLLM's own warm-up sizes.
+        parts = self.module.modules()
+        compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
+        if not compiled:
+            self._warm_up()
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        if self._registration.is_pooling_model:
+            return
+        device = self._vllm_config.device_config.device
+        tokens = min(
+            WARM_UP_TOKENS, self._vllm_config.scheduler_config.max_num_batched_tokens
+        )
+        input_ids = torch.zeros(tokens, dtype=torch.long, device=device)
+        positions = torch.zeros(tokens, dtype=torch.long, device=device)
+        received = None
+        if not self._context.is_first_stage:
+            dtype = self._vllm_config.model_config.dtype
+            empty = self.make_empty_intermediate_tensors(tokens, dtype, device)
+            received = IntermediateTensors(
+                {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+            )
+        enter_stage("trying the model on a few tokens")
+        self.eval()  # vLLM does so once the model is loaded
+
+        def run() -> None:
+            # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
+            hidden_states = self.forward(input_ids, positions, received)
+            if isinstance(hidden_states, torch.Tensor):
+                self.compute_logits(hidden_states)
+
+        with (
+            set_current_vllm_config(self._vllm_config),
+            set_forward_context(None, self._vllm_config, num_tokens=tokens),
+        ):
+            try:
+                run()
+            except Exception as error:
+                if not self._constants or "dtype" not in _types_in(error):
+                    error.add_note(self._how_it_was_called(tokens))
+                    raise
+                self._round_constants(error)
+                run()
+
+    def _round_constants(self, error: Exception) -> None:
+        """Cast constants that `forward` uses beside activations, without a cast."""
+        dtype = self._vllm_config.model_config.dtype
+        names = round_constants(self._constants, dtype)
+        logger.warning(
+            "%s: forward fails with constants in float32 (%s), so they are rounded to "
+            "%s: %s. Cast in forward what is combined with activations, as by "
+            "`.to(x.dtype)`, to keep the others as they were computed.",
+            self._arch,
+            str(error).strip().partition("\n")[0],
+            dtype,
+            ", ".join(names),
+        )
+        self._constants = []
+
+    def _how_it_was_called(self, tokens: int) -> str:
+        return (
+            f"raised by {type(self.module).__name__}.forward(input_ids [{tokens}], "
+            f"positions [{tokens}]): vLLM calls {FORWARD}, with the tokens of all "
+            "sequences on one axis, without a batch axis."
+        )
+
+
+def _types_in(error: Exception) -> str:
+    """The message of an error, where each of PyTorch's words for a dtype is one."""
+    return str(error).replace("scalar type", "dtype")
