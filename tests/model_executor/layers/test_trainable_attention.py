@@ -8,6 +8,8 @@ What an engine computes with it is tested where the engines are.
 import copy
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_definition import attention
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
@@ -23,6 +26,14 @@ from vllm.model_executor.layers.trainable_attention import (
     TrainableAttention,
     TrainableFlashAttention,
     packed_sequences,
+)
+from vllm.model_executor.layers.trainable_attention.engine_step import (
+    AttentionCalls,
+    EngineStep,
+    current_step,
+)
+from vllm.model_executor.layers.trainable_attention.kv_caches import (
+    a_kv_cache_for_each_call,
 )
 from vllm.v1.attention.ops import packed_attention
 
@@ -653,8 +664,101 @@ def test_built_in_an_engine_it_is_the_same_module(engine: VllmConfig) -> None:
     hidden = torch.randn(6, 128, requires_grad=True)
     assert torch.equal(inside(hidden), outside(hidden))
     inside(hidden).sum().backward()  # not in a step: trains
-    with set_forward_context(None, engine):  # a step without requests, as in warm-up
+    with engine_step(engine):  # without requests, as in warm-up
         assert inside(hidden, torch.arange(6)).shape == hidden.shape
+
+
+@contextmanager
+def engine_step(
+    engine: VllmConfig, calls: AttentionCalls | None = None
+) -> Iterator[EngineStep]:
+    with (
+        torch.no_grad(),
+        set_forward_context(None, engine),
+        EngineStep(calls or AttentionCalls()) as step,
+    ):
+        yield step
+
+
+def test_a_step_of_another_thread_is_none_of_a_trainers(engine: VllmConfig) -> None:
+    with set_current_vllm_config(engine):
+        layer = TrainableAttention(4, 32, 2)
+    model = nn.Sequential(layer)
+    with set_current_vllm_config(engine), engine_step(engine) as step:
+        calls = step._calls
+        with a_kv_cache_for_each_call(model, calls):
+            pass
+    inputs = qkv(6)
+    expected = layer(*inputs, cu_seqlens=cu((3, 3)))
+    outs = []
+
+    def train() -> None:
+        outs.append(layer(*inputs, cu_seqlens=cu((3, 3))))
+        with torch.no_grad():  # as a trainer does for its old log-probabilities
+            outs.append(layer(*inputs, cu_seqlens=cu((3, 3))))
+
+    thread = threading.Thread(target=train)
+    with engine_step(engine):
+        thread.start()
+        thread.join()
+    train()  # nor is one that is over
+    assert len(outs) == 4 and all(torch.equal(out, expected) for out in outs)
+    # whoever calls with gradients is no engine, even where it calls its model
+    with set_forward_context(None, engine), EngineStep(calls):
+        assert current_step() is None
+
+
+def test_a_compiled_layer_asks_at_every_call(engine: VllmConfig) -> None:
+    torch.compiler.reset()
+    with set_current_vllm_config(engine):
+        layer = TrainableAttention(4, 32, 2)
+    layer.steps_are_marked = True
+    compiled = torch.compile(layer, backend="aot_eager")
+    inputs = tuple(x.detach() for x in qkv(6))
+    expected = layer(*inputs)
+    calls = AttentionCalls()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(*inputs), expected)
+            with engine_step(engine, calls):
+                assert not compiled(*inputs).any()  # no requests
+    assert calls.counts == {"trainable_attention.0": 1}
+
+
+def test_each_call_of_a_step_has_a_kv_cache(engine: VllmConfig) -> None:
+    inputs = qkv(3)
+    with set_current_vllm_config(engine):
+        model = nn.ModuleDict({"a": TrainableAttention(4, 32, 2), "b": nn.Identity()})
+        model["b"] = TrainableAttention(4, 32, 2)
+        model["alias"] = model["a"]
+        unused = model["unused"] = TrainableAttention(4, 32, 2)
+        names = list(model.state_dict())
+        calls = AttentionCalls()
+        with a_kv_cache_for_each_call(model, calls), engine_step(engine, calls):
+            for name in ("a", "b", "alias"):
+                model[name](*inputs)
+    assert list(model.state_dict()) == names
+    assert list(engine.compilation_config.static_forward_context) == [
+        f"trainable_attention.{i}" for i in (0, 1, 2, 3)
+    ]
+    (second,) = model["a"].paged_later
+    assert second.layer_name == "trainable_attention.3"
+    assert second.kv_cache_torch_dtype == model["a"].paged.kv_cache_torch_dtype
+    assert model["b"].paged_later is unused.paged_later is None
+    for called, message in (
+        ("ab", "'a' was called 1 times .* 2 times when"),
+        ("aaba", "'a' was called at least 3 times .* 2 times when"),
+        ("aa", "'b' was called 0 times .* 1 times when"),
+    ):
+        with (
+            pytest.raises(RuntimeError, match=message),
+            engine_step(engine, calls),
+        ):
+            for name in called:
+                model[name](*inputs)
+    with engine_step(engine, calls):
+        for name in "aba":
+            model[name](*inputs)
 
 
 def test_engine_prefixes(engine: VllmConfig) -> None:
@@ -693,7 +797,7 @@ def test_engine_errors(engine: VllmConfig) -> None:
         with pytest.raises(ValueError, match="(?s)48.*32, 64"):
             TrainableAttention(4, 48)
     full(*inputs)  # a vision encoder in a model that generates
-    with set_forward_context(None, engine):
+    with engine_step(engine):
         with pytest.raises(RuntimeError, match="no engine built it"):
             outside(*inputs)
         with pytest.raises(RuntimeError, match="pooling models only"):

@@ -32,6 +32,14 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.trainable_attention.engine_step import (
+    AttentionCalls,
+    EngineStep,
+)
+from vllm.model_executor.layers.trainable_attention.kv_caches import (
+    a_kv_cache_for_each_call,
+    trainable_layers,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
@@ -117,6 +125,7 @@ class CallableModelWrapper(nn.Module):
         if self._context.is_last_stage and not self._registration.is_pooling_model:
             self._logits = _logits_function(arch, module, self._vocab_size)
         self._logits_seen = False
+        self._attention_calls = AttentionCalls()
         if self._context.is_first_stage and not any(
             hasattr(module, name) for name in INPUT_EMBEDDINGS
         ):
@@ -191,7 +200,8 @@ class CallableModelWrapper(nn.Module):
                     f"{type(self.module).__name__}.forward takes no such argument. "
                     f"Add {name}=None to it."
                 )
-        hidden_states = self.module(input_ids, positions, **passed)
+        with EngineStep(self._attention_calls):
+            hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
             return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
@@ -257,16 +267,15 @@ class CallableModelWrapper(nn.Module):
         """
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
-        # A compiled module must first meet vLLM's own warm-up sizes.
+        # Leave the first call of compiled parts to vLLM's profiling run.
         parts = self.module.modules()
         compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
-        if not compiled:
+        pooling = self._registration.is_pooling_model
+        if trainable_layers(self.module) or not (compiled or pooling):
             self._warm_up()
 
     @torch.no_grad()
     def _warm_up(self) -> None:
-        if self._registration.is_pooling_model:
-            return
         device = self._vllm_config.device_config.device
         tokens = min(
             WARM_UP_TOKENS, self._vllm_config.scheduler_config.max_num_batched_tokens
@@ -284,11 +293,15 @@ class CallableModelWrapper(nn.Module):
         self.eval()  # vLLM does so once the model is loaded
         with (
             set_current_vllm_config(self._vllm_config),
-            set_forward_context(None, self._vllm_config, num_tokens=tokens),
+            set_forward_context(
+                None, self._vllm_config, num_tokens=tokens, skip_compiled=True
+            ),
+            a_kv_cache_for_each_call(self.module, self._attention_calls),
         ):
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received)
-            if isinstance(hidden_states, torch.Tensor):
+            pooling = self._registration.is_pooling_model
+            if isinstance(hidden_states, torch.Tensor) and not pooling:
                 self.compute_logits(hidden_states)
 
 
