@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -396,6 +397,25 @@ def test_a_whole_model_trains_on_packed_batches() -> None:
     torch.testing.assert_close(weight_grads(model, packed.square().sum()), expected)
 
 
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, lambda x: np.array(x, dtype=np.int32)]
+)
+def test_cu_seqlens_may_be_a_list_or_an_array(kind: Any) -> None:
+    offsets = cu((2, 4))
+    given = kind(offsets.tolist())
+    layer = TrainableAttention(4, 32, 2)
+    inputs = qkv(6)
+    expected = layer(*inputs, cu_seqlens=offsets)
+    assert torch.equal(layer(*inputs, cu_seqlens=given), expected)
+    with packed_sequences(given):
+        assert torch.equal(layer(*inputs), expected)
+    rotated = TrainableFlashAttention(64, 4, 2, rope_theta=1e2)
+    hidden = torch.randn(6, 64)
+    assert torch.equal(
+        rotated(hidden, cu_seqlens=given), rotated(hidden, cu_seqlens=offsets)
+    )
+
+
 def test_packed_sequences_nest_and_end() -> None:
     layer = TrainableAttention(4, 32, 2)
     inputs = qkv(6)
@@ -471,15 +491,68 @@ def test_checkpointing(options: dict[str, Any], use_reentrant: bool) -> None:
     torch.testing.assert_close(grads[1], grads[0], **exact)
 
 
-def test_recomputation_that_lost_its_sequences_is_an_error() -> None:
-    model = TwoLayers()
-    model.checkpointed = False
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 2.0}])
+def test_recomputation_that_lost_its_sequences_is_an_error(
+    options: dict[str, Any], use_reentrant: bool
+) -> None:
+    model = TwoLayers(**options)
+    model.checkpointed = use_reentrant
+    hidden = torch.randn(sum(LENGTHS), 64, requires_grad=True)
+    before = model(hidden).sum()
     with packed_sequences(cu(LENGTHS)):
-        loss = model(torch.randn(sum(LENGTHS), 64, requires_grad=True)).sum()
+        loss = model(hidden).sum()
+    after = model(hidden).sum()
     with pytest.raises(RuntimeError, match=r"Call backward\(\) inside the `with`"):
         loss.backward()
-    # padded batches are not concerned
+    # forwards without packs are not concerned, whatever is before them or between
+    grads = [weight_grads(model, x) for x in (before, after)]
+    torch.testing.assert_close(grads[0], grads[1])
     model(torch.randn(2, 5, 64, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_step_without_packs_may_be_checkpointed_beside_one_with(
+    use_reentrant: bool,
+) -> None:
+    """The packs of a thread are no matter of another's."""
+    model = TwoLayers()
+    model.checkpointed = use_reentrant
+    hidden = torch.randn(9, 64)
+    grads = []
+
+    def step() -> None:
+        own = hidden.clone().requires_grad_()
+        model(own).square().sum().backward()
+        grads.append(own.grad)
+
+    step()
+    with packed_sequences([0, 4, 9]):
+        model(hidden.clone().requires_grad_()).sum().backward()
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    step()
+    assert len(grads) == 3
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def test_a_thread_keeps_a_bounded_number_of_ranges() -> None:
+    class Node:
+        def __init__(self, number: int) -> None:
+            self._sequence_nr = lambda: number
+
+    nodes = packed_attention._PackedNodes()
+    for i in range(nodes.MOST_RANGES + 5):
+        nodes.add(10 * i, 10 * i + 5)
+    assert len(nodes._ranges) == nodes.MOST_RANGES
+    last = 10 * (nodes.MOST_RANGES + 4)
+    assert nodes.contain(Node(0)) and nodes.contain(Node(last + 4))
+    assert nodes.contain(Node(7))  # on the safe side, between the oldest
+    assert not nodes.contain(Node(last + 5)) and not nodes.contain(Node(last - 2))
+    nodes.add(last - 20, last + 9)  # an outer block ends after those in it
+    assert nodes.contain(Node(last - 18)) and nodes.contain(Node(last + 8))
 
 
 @pytest.mark.parametrize(
@@ -874,8 +947,17 @@ def test_bad_sequences() -> None:
         layer(*packed, cu_seqlens=cu((2, 3)))
     with pytest.raises(ValueError, match=r"never decrease, got \[3, 3\]"):
         layer(*packed, cu_seqlens=torch.tensor([3, 3]))
-    with pytest.raises(ValueError, match=r"int32 tensor .* got torch.float32"):
-        layer(*packed, cu_seqlens=torch.tensor([0.0, 6.0]))
+    for floats in (torch.tensor([0.0, 6.0]), [0.0, 6.0], []):
+        with pytest.raises(ValueError, match=r"int32 tensor .* got torch.float32"):
+            layer(*packed, cu_seqlens=floats)
+    for nothing in ("06", [0, None], object(), {0: 6}):
+        with pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor"):
+            layer(*packed, cu_seqlens=nothing)
+        with (
+            pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor"),
+            packed_sequences(nothing),
+        ):
+            pass
     with (
         pytest.raises(ValueError, match=r"got torch.int32 of shape \[0\]"),
         packed_sequences(torch.empty(0, dtype=torch.int32)),

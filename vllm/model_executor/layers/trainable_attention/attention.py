@@ -16,6 +16,7 @@ from vllm.model_executor.layers.trainable_attention.paged import build_paged_att
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.ops.packed_attention import (
     AttentionParams,
+    CuSeqlens,
     Sequences,
     graph_is_dense,
     select_kernel,
@@ -166,7 +167,7 @@ class TrainableAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: CuSeqlens | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attends within each sequence.
@@ -185,7 +186,8 @@ class TrainableAttention(nn.Module):
             query: Queries, of a floating dtype.
             key: Keys, of the same dtype.
             value: Values, of the same dtype.
-            cu_seqlens: int32 `[num_seqs + 1]`, cumulative lengths of a packed batch.
+            cu_seqlens: int32 `[num_seqs + 1]`, cumulative lengths of a packed batch. A
+                list or an array will do.
             attention_mask: Bool or integer `[batch, seq]` for a padded batch, nonzero
                 where there is a token. The others see nothing, are not seen, take no
                 place (distances are between tokens), and their output is 0.
@@ -196,7 +198,8 @@ class TrainableAttention(nn.Module):
 
         Raises:
             ValueError: Shapes or `cu_seqlens` do not fit.
-            TypeError: Dtypes differ or are not floating.
+            TypeError: Dtypes differ or are not floating, or `cu_seqlens` cannot be
+                made a tensor.
             RuntimeError: An engine step reaches a layer that no engine built, or a
                 recomputation in backward runs outside its `packed_sequences`.
         """
@@ -256,7 +259,7 @@ class TrainableAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: CuSeqlens | None,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.paged is None:
@@ -294,7 +297,7 @@ class TrainableAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: CuSeqlens | None,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         check_mask(attention_mask, q.shape[:-2])
@@ -314,7 +317,7 @@ class TrainableAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: CuSeqlens | None,
     ) -> torch.Tensor:
         batch, seq = (1, q.shape[0]) if q.dim() == 3 else q.shape[:2]
         rows = Sequences(num_seqs=batch, max_seqlen=seq)
@@ -329,7 +332,7 @@ class TrainableAttention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         rows: Sequences,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: CuSeqlens | None,
     ) -> torch.Tensor:
         return self._run_kernel(q, k, v, sequences_of(rows, cu_seqlens))
 

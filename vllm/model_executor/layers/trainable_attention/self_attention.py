@@ -12,7 +12,12 @@ from vllm.model_executor.layers.trainable_attention.attention import (
     TrainableAttention,
     check_mask,
 )
-from vllm.v1.attention.ops.packed_attention import current_cu_seqlens, graph_is_dense
+from vllm.v1.attention.ops.packed_attention import (
+    CuSeqlens,
+    as_cu_seqlens,
+    current_cu_seqlens,
+    graph_is_dense,
+)
 
 
 class TrainableFlashAttention(nn.Module):
@@ -110,7 +115,7 @@ class TrainableFlashAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         positions: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: CuSeqlens | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attends within each sequence.
@@ -166,7 +171,7 @@ class TrainableFlashAttention(nn.Module):
 
 def _default_positions(
     hidden_states: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    cu_seqlens: CuSeqlens | None,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Positions counted from 0 in each sequence."""
@@ -179,8 +184,9 @@ def _default_positions(
         return positions
     if cu_seqlens is None:
         cu_seqlens = current_cu_seqlens()
+    if cu_seqlens is not None:
+        cu_seqlens = as_cu_seqlens(cu_seqlens).to(device)
     if cu_seqlens is not None and cu_seqlens.numel() > 1:
-        cu_seqlens = cu_seqlens.to(device)
         index = torch.searchsorted(cu_seqlens, positions, right=True) - 1
         positions = positions - cu_seqlens[index]
     return positions
