@@ -48,6 +48,7 @@ namespace blas = at::native::cpublas;
 constexpr int64_t kTile = 128;  // query rows, and keys, in a tile
 constexpr int64_t kPanel = 64;  // columns of a packed right-hand side
 constexpr int64_t kRound = 32;  // rows are rounded up to a multiple of it
+constexpr int64_t kTerms = 64;  // products that are added one after another
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 INLINE int64_t round_up(int64_t x, int64_t multiple) {
@@ -396,11 +397,19 @@ void transpose_blocks(const T* from, int64_t rows, int64_t head_dim, T* to) {
 }
 
 // Row-major C[m, n] = A[m, k] B[k, n], plus C if `add`
+//
+// oneDNN adds an element's k products one after another, so that their rounding errors
+// grow with k. In float32, where the result shows them, sums of kTerms products are
+// added instead.
 template <typename T>
 INLINE void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
                      const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c,
-               /*is_vnni=*/std::is_same_v<T, BFloat16>);
+  constexpr bool pairs = std::is_same_v<T, BFloat16>;
+  int64_t step = pairs ? k : std::min(k, kTerms);
+  for (int64_t i = 0; i < k; i += step) {
+    blas::brgemm(m, n, std::min(step, k - i), lda, ldb, ldc, add || i > 0,
+                 a + i, b + i * ldb, c, /*is_vnni=*/pairs);
+  }
 }
 
 // ---- Tasks ----------------------------------------------------------------------

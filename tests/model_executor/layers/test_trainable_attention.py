@@ -8,13 +8,17 @@ What an engine computes with it is tested where the engines are.
 import copy
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_definition import attention
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
@@ -23,6 +27,14 @@ from vllm.model_executor.layers.trainable_attention import (
     TrainableAttention,
     TrainableFlashAttention,
     packed_sequences,
+)
+from vllm.model_executor.layers.trainable_attention.engine_step import (
+    AttentionCalls,
+    EngineStep,
+    current_step,
+)
+from vllm.model_executor.layers.trainable_attention.kv_caches import (
+    a_kv_cache_for_each_call,
 )
 from vllm.v1.attention.ops import packed_attention
 
@@ -385,6 +397,25 @@ def test_a_whole_model_trains_on_packed_batches() -> None:
     torch.testing.assert_close(weight_grads(model, packed.square().sum()), expected)
 
 
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, lambda x: np.array(x, dtype=np.int32)]
+)
+def test_cu_seqlens_may_be_a_list_or_an_array(kind: Any) -> None:
+    offsets = cu((2, 4))
+    given = kind(offsets.tolist())
+    layer = TrainableAttention(4, 32, 2)
+    inputs = qkv(6)
+    expected = layer(*inputs, cu_seqlens=offsets)
+    assert torch.equal(layer(*inputs, cu_seqlens=given), expected)
+    with packed_sequences(given):
+        assert torch.equal(layer(*inputs), expected)
+    rotated = TrainableFlashAttention(64, 4, 2, rope_theta=1e2)
+    hidden = torch.randn(6, 64)
+    assert torch.equal(
+        rotated(hidden, cu_seqlens=given), rotated(hidden, cu_seqlens=offsets)
+    )
+
+
 def test_packed_sequences_nest_and_end() -> None:
     layer = TrainableAttention(4, 32, 2)
     inputs = qkv(6)
@@ -460,15 +491,68 @@ def test_checkpointing(options: dict[str, Any], use_reentrant: bool) -> None:
     torch.testing.assert_close(grads[1], grads[0], **exact)
 
 
-def test_recomputation_that_lost_its_sequences_is_an_error() -> None:
-    model = TwoLayers()
-    model.checkpointed = False
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 2.0}])
+def test_recomputation_that_lost_its_sequences_is_an_error(
+    options: dict[str, Any], use_reentrant: bool
+) -> None:
+    model = TwoLayers(**options)
+    model.checkpointed = use_reentrant
+    hidden = torch.randn(sum(LENGTHS), 64, requires_grad=True)
+    before = model(hidden).sum()
     with packed_sequences(cu(LENGTHS)):
-        loss = model(torch.randn(sum(LENGTHS), 64, requires_grad=True)).sum()
+        loss = model(hidden).sum()
+    after = model(hidden).sum()
     with pytest.raises(RuntimeError, match=r"Call backward\(\) inside the `with`"):
         loss.backward()
-    # padded batches are not concerned
+    # forwards without packs are not concerned, whatever is before them or between
+    grads = [weight_grads(model, x) for x in (before, after)]
+    torch.testing.assert_close(grads[0], grads[1])
     model(torch.randn(2, 5, 64, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_step_without_packs_may_be_checkpointed_beside_one_with(
+    use_reentrant: bool,
+) -> None:
+    """The packs of a thread are no matter of another's."""
+    model = TwoLayers()
+    model.checkpointed = use_reentrant
+    hidden = torch.randn(9, 64)
+    grads = []
+
+    def step() -> None:
+        own = hidden.clone().requires_grad_()
+        model(own).square().sum().backward()
+        grads.append(own.grad)
+
+    step()
+    with packed_sequences([0, 4, 9]):
+        model(hidden.clone().requires_grad_()).sum().backward()
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    step()
+    assert len(grads) == 3
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def test_a_thread_keeps_a_bounded_number_of_ranges() -> None:
+    class Node:
+        def __init__(self, number: int) -> None:
+            self._sequence_nr = lambda: number
+
+    nodes = packed_attention._PackedNodes()
+    for i in range(nodes.MOST_RANGES + 5):
+        nodes.add(10 * i, 10 * i + 5)
+    assert len(nodes._ranges) == nodes.MOST_RANGES
+    last = 10 * (nodes.MOST_RANGES + 4)
+    assert nodes.contain(Node(0)) and nodes.contain(Node(last + 4))
+    assert nodes.contain(Node(7))  # on the safe side, between the oldest
+    assert not nodes.contain(Node(last + 5)) and not nodes.contain(Node(last - 2))
+    nodes.add(last - 20, last + 9)  # an outer block ends after those in it
+    assert nodes.contain(Node(last - 18)) and nodes.contain(Node(last + 8))
 
 
 @pytest.mark.parametrize(
@@ -653,8 +737,101 @@ def test_built_in_an_engine_it_is_the_same_module(engine: VllmConfig) -> None:
     hidden = torch.randn(6, 128, requires_grad=True)
     assert torch.equal(inside(hidden), outside(hidden))
     inside(hidden).sum().backward()  # not in a step: trains
-    with set_forward_context(None, engine):  # a step without requests, as in warm-up
+    with engine_step(engine):  # without requests, as in warm-up
         assert inside(hidden, torch.arange(6)).shape == hidden.shape
+
+
+@contextmanager
+def engine_step(
+    engine: VllmConfig, calls: AttentionCalls | None = None
+) -> Iterator[EngineStep]:
+    with (
+        torch.no_grad(),
+        set_forward_context(None, engine),
+        EngineStep(calls or AttentionCalls()) as step,
+    ):
+        yield step
+
+
+def test_a_step_of_another_thread_is_none_of_a_trainers(engine: VllmConfig) -> None:
+    with set_current_vllm_config(engine):
+        layer = TrainableAttention(4, 32, 2)
+    model = nn.Sequential(layer)
+    with set_current_vllm_config(engine), engine_step(engine) as step:
+        calls = step._calls
+        with a_kv_cache_for_each_call(model, calls):
+            pass
+    inputs = qkv(6)
+    expected = layer(*inputs, cu_seqlens=cu((3, 3)))
+    outs = []
+
+    def train() -> None:
+        outs.append(layer(*inputs, cu_seqlens=cu((3, 3))))
+        with torch.no_grad():  # as a trainer does for its old log-probabilities
+            outs.append(layer(*inputs, cu_seqlens=cu((3, 3))))
+
+    thread = threading.Thread(target=train)
+    with engine_step(engine):
+        thread.start()
+        thread.join()
+    train()  # nor is one that is over
+    assert len(outs) == 4 and all(torch.equal(out, expected) for out in outs)
+    # whoever calls with gradients is no engine, even where it calls its model
+    with set_forward_context(None, engine), EngineStep(calls):
+        assert current_step() is None
+
+
+def test_a_compiled_layer_asks_at_every_call(engine: VllmConfig) -> None:
+    torch.compiler.reset()
+    with set_current_vllm_config(engine):
+        layer = TrainableAttention(4, 32, 2)
+    layer.steps_are_marked = True
+    compiled = torch.compile(layer, backend="aot_eager")
+    inputs = tuple(x.detach() for x in qkv(6))
+    expected = layer(*inputs)
+    calls = AttentionCalls()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(*inputs), expected)
+            with engine_step(engine, calls):
+                assert not compiled(*inputs).any()  # no requests
+    assert calls.counts == {"trainable_attention.0": 1}
+
+
+def test_each_call_of_a_step_has_a_kv_cache(engine: VllmConfig) -> None:
+    inputs = qkv(3)
+    with set_current_vllm_config(engine):
+        model = nn.ModuleDict({"a": TrainableAttention(4, 32, 2), "b": nn.Identity()})
+        model["b"] = TrainableAttention(4, 32, 2)
+        model["alias"] = model["a"]
+        unused = model["unused"] = TrainableAttention(4, 32, 2)
+        names = list(model.state_dict())
+        calls = AttentionCalls()
+        with a_kv_cache_for_each_call(model, calls), engine_step(engine, calls):
+            for name in ("a", "b", "alias"):
+                model[name](*inputs)
+    assert list(model.state_dict()) == names
+    assert list(engine.compilation_config.static_forward_context) == [
+        f"trainable_attention.{i}" for i in (0, 1, 2, 3)
+    ]
+    (second,) = model["a"].paged_later
+    assert second.layer_name == "trainable_attention.3"
+    assert second.kv_cache_torch_dtype == model["a"].paged.kv_cache_torch_dtype
+    assert model["b"].paged_later is unused.paged_later is None
+    for called, message in (
+        ("ab", "'a' was called 1 times .* 2 times when"),
+        ("aaba", "'a' was called at least 3 times .* 2 times when"),
+        ("aa", "'b' was called 0 times .* 1 times when"),
+    ):
+        with (
+            pytest.raises(RuntimeError, match=message),
+            engine_step(engine, calls),
+        ):
+            for name in called:
+                model[name](*inputs)
+    with engine_step(engine, calls):
+        for name in "aba":
+            model[name](*inputs)
 
 
 def test_engine_prefixes(engine: VllmConfig) -> None:
@@ -693,7 +870,7 @@ def test_engine_errors(engine: VllmConfig) -> None:
         with pytest.raises(ValueError, match="(?s)48.*32, 64"):
             TrainableAttention(4, 48)
     full(*inputs)  # a vision encoder in a model that generates
-    with set_forward_context(None, engine):
+    with engine_step(engine):
         with pytest.raises(RuntimeError, match="no engine built it"):
             outside(*inputs)
         with pytest.raises(RuntimeError, match="pooling models only"):
@@ -770,8 +947,17 @@ def test_bad_sequences() -> None:
         layer(*packed, cu_seqlens=cu((2, 3)))
     with pytest.raises(ValueError, match=r"never decrease, got \[3, 3\]"):
         layer(*packed, cu_seqlens=torch.tensor([3, 3]))
-    with pytest.raises(ValueError, match=r"int32 tensor .* got torch.float32"):
-        layer(*packed, cu_seqlens=torch.tensor([0.0, 6.0]))
+    for floats in (torch.tensor([0.0, 6.0]), [0.0, 6.0], []):
+        with pytest.raises(ValueError, match=r"int32 tensor .* got torch.float32"):
+            layer(*packed, cu_seqlens=floats)
+    for nothing in ("06", [0, None], object(), {0: 6}):
+        with pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor"):
+            layer(*packed, cu_seqlens=nothing)
+        with (
+            pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor"),
+            packed_sequences(nothing),
+        ):
+            pass
     with (
         pytest.raises(ValueError, match=r"got torch.int32 of shape \[0\]"),
         packed_sequences(torch.empty(0, dtype=torch.int32)),

@@ -9,11 +9,17 @@ batched (tried on an H200).
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+import vllm.envs as envs
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
 
 __all__ = ["batch_invariant", "token_log_probs"]
 
@@ -21,6 +27,18 @@ __all__ = ["batch_invariant", "token_log_probs"]
 MODULES = (
     "vllm.model_executor.determinism.batch_invariant",
     "vllm.model_executor.layers.batch_invariant",
+)
+
+
+# What vLLM's enable_batch_invariant_mode() and batch_invariant() change.
+ENVIRONMENT = (
+    "VLLM_BATCH_INVARIANT",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+)
+REDUCTIONS = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
 )
 
 
@@ -34,53 +52,108 @@ def _upstream() -> Any:
     raise ModuleNotFoundError(f"vLLM has none of {', '.join(MODULES)}.")
 
 
+_lock = threading.Lock()
+_open_blocks = 0  # in all threads
+_turn_off = ExitStack()
+
+
 @contextmanager
 def batch_invariant() -> Iterator[None]:
     """Batch-invariant operators, differentiable, for the time of the block.
 
-    The switch is vLLM's own, `VLLM_BATCH_INVARIANT`; inside an engine's process that
-    was started with it, the block changes only what hinders gradients. Enter it
-    before the process's first matrix product: cuBLAS reads its settings once.
+    The switch is vLLM's own, `VLLM_BATCH_INVARIANT`, with its operators in the place of
+    PyTorch's. Both are the process's: while a thread is inside, all threads have them.
+    Blocks may nest and overlap; the last one that ends turns them off. In a process
+    whose engine was started with the switch they are on before and after.
+
+    Enter it before the process's first matrix product: cuBLAS reads its settings once.
+    That is too late where an engine without the switch ran in this process, which a
+    warning says; start that engine with `VLLM_BATCH_INVARIANT=1`, or in processes of
+    its own. An engine that is started inside the block keeps the mode on after it.
     """
-    upstream = _upstream()
-    before = {
-        name: os.environ.get(name)
-        for name in (
-            "VLLM_BATCH_INVARIANT",
-            "CUBLAS_WORKSPACE_CONFIG",
-            "CUBLASLT_WORKSPACE_SIZE",
-        )
-    }
-    already_on = upstream._batch_invariant_MODE
-    matmul = torch.backends.cuda.matmul
-    reduced = (
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-    )
-    library = torch.backends.cuda.preferred_blas_library()
-    replaced_bmm = torch.bmm
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    upstream.enable_batch_invariant_mode()
-    # Some versions replace the function as well, which would cut the gradient off.
-    torch.bmm = torch._C._VariableFunctions.bmm
+    global _open_blocks, _turn_off
+    with _lock:
+        if _open_blocks == 0:
+            _turn_off = _turn_on()
+        _open_blocks += 1
     try:
         yield
     finally:
-        torch.bmm = replaced_bmm
-        if not already_on:
-            upstream._batch_invariant_LIB._destroy()
-            upstream._batch_invariant_LIB = None
-            upstream._batch_invariant_MODE = False
-            (
-                matmul.allow_fp16_reduced_precision_reduction,
-                matmul.allow_bf16_reduced_precision_reduction,
-            ) = reduced
-            torch.backends.cuda.preferred_blas_library(library)
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+        with _lock:
+            _open_blocks -= 1
+            if _open_blocks == 0:
+                _turn_off.close()
+
+
+def _turn_on() -> ExitStack:
+    """Turn the mode on; returns what turns it off."""
+    upstream = _upstream()
+    engine_was_started = envs._is_envs_cache_enabled()
+    with ExitStack() as stack:
+        # vLLM 0.26 also replaces the function, which would cut the gradient off. The
+        # operator below it is the same with and without.
+        builtin_bmm = torch._C._VariableFunctions.bmm
+        if upstream._batch_invariant_MODE and envs.VLLM_BATCH_INVARIANT:
+            stack.callback(setattr, torch, "bmm", torch.bmm)
+            torch.bmm = builtin_bmm
+            return stack.pop_all()
+        if engine_was_started and not envs.VLLM_BATCH_INVARIANT:
+            logger.warning(
+                "An engine without VLLM_BATCH_INVARIANT=1 was started in this process. "
+                "While batch_invariant() is entered its steps use the batch-invariant "
+                "operators too, and cuBLAS may keep the settings that it began with, "
+                "so that trainer and engine round differently. Start the engine with "
+                "VLLM_BATCH_INVARIANT=1, or in processes of its own."
+            )
+        stack.callback(setattr, torch, "bmm", builtin_bmm)
+        stack.callback(_read_environment_again)
+        for name in ENVIRONMENT:
+            stack.callback(_set_environment, name, os.environ.get(name))
+        matmul = torch.backends.cuda.matmul
+        for name in REDUCTIONS:
+            stack.callback(setattr, matmul, name, getattr(matmul, name))
+        blas = torch.backends.cuda.preferred_blas_library()
+        stack.callback(torch.backends.cuda.preferred_blas_library, blas)
+        stack.callback(_disable, upstream)
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        upstream.enable_batch_invariant_mode()
+        torch.bmm = builtin_bmm
+        _read_environment_again()
+        turn_off = stack.pop_all()
+    result = ExitStack()
+
+    def close() -> None:
+        if envs._is_envs_cache_enabled() and not engine_was_started:
+            logger.info(
+                "The batch-invariant operators stay on: an engine was started inside "
+                "batch_invariant()."
+            )
+        else:
+            turn_off.close()
+
+    result.callback(close)
+    return result
+
+
+def _disable(upstream: Any) -> None:
+    if upstream._batch_invariant_LIB is not None:
+        upstream._batch_invariant_LIB._destroy()
+    upstream._batch_invariant_LIB = None
+    upstream._batch_invariant_MODE = False
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _read_environment_again() -> None:
+    """vLLM keeps what it read of the environment once an engine has started."""
+    if envs._is_envs_cache_enabled():
+        envs.disable_envs_cache()
+        envs.enable_envs_cache()
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -101,10 +101,15 @@ def test_no_less_exact_than_sdpa(heads, causal, window, dtype):
         lambda *qkv: packed_attention_cpu.packed_attention(*qkv, sequences, params),
         tensors,
     )
+    # How SDPA adds depends on the processor. Wherever it adds better than one product
+    # after another, this is what the sums of 64 products may lose in the scores: their
+    # roundings, uniform in half a unit, walk at random.
+    unit = torch.finfo(torch.float32).eps / 2
+    walk = unit * params.scale * heads[2] ** 0.5 * (64 / 2 / 3) ** 0.5
     for name, x, p, e in zip(("out", "dq", "dk", "dv"), ours, peer, exact, strict=True):
         error, peers = ((y.double() - e).norm() / e.norm() for y in (x, p))
         # sums in another order, and oneDNN's of pairs in bfloat16
-        assert error <= 1.5 * peers, (name, error, peers)
+        assert error <= 1.5 * max(peers, walk), (name, error, peers, walk)
 
 
 @compiled

@@ -14,6 +14,14 @@ from vllm.compilation.registered_model import add_to_compile_hash
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.trainable_attention.engine_step import (
+    AttentionCalls,
+    EngineStep,
+)
+from vllm.model_executor.layers.trainable_attention.kv_caches import (
+    a_kv_cache_for_each_call,
+    trainable_layers,
+)
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.models.parallel_plan import HIDDEN_STATES
 from vllm.model_executor.parallel_context import ParallelContext
@@ -84,6 +92,7 @@ class CallableModelWrapper(nn.Module):
                 arch, module, self._vocab_size, self._context.tensor_parallel_size
             )
         self._logits_seen = False
+        self._attention_calls = AttentionCalls()
         check_quantization(arch, module, vllm_config)
         if vllm_config.model_config.enable_prompt_embeds:
             check_takes_embeddings(arch, module, self._forward_keywords)
@@ -153,7 +162,8 @@ class CallableModelWrapper(nn.Module):
                     f"{type(self.module).__name__}.forward takes no such argument. "
                     f"Add {name}=None to it."
                 )
-        hidden_states = self.module(input_ids, positions, **passed)
+        with EngineStep(self._attention_calls):
+            hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
             return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
@@ -219,16 +229,15 @@ class CallableModelWrapper(nn.Module):
         """
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
-        # A compiled module must first meet vLLM's own warm-up sizes.
+        # Leave the first call of compiled parts to vLLM's profiling run.
         parts = self.module.modules()
         compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
-        if not compiled:
+        pooling = self._registration.is_pooling_model
+        if trainable_layers(self.module) or not (compiled or pooling):
             self._warm_up()
 
     @torch.no_grad()
     def _warm_up(self) -> None:
-        if self._registration.is_pooling_model:
-            return
         device = self._vllm_config.device_config.device
         tokens = min(
             WARM_UP_TOKENS, self._vllm_config.scheduler_config.max_num_batched_tokens
@@ -248,12 +257,16 @@ class CallableModelWrapper(nn.Module):
         def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received)
-            if isinstance(hidden_states, torch.Tensor):
+            pooling = self._registration.is_pooling_model
+            if isinstance(hidden_states, torch.Tensor) and not pooling:
                 self.compute_logits(hidden_states)
 
         with (
             set_current_vllm_config(self._vllm_config),
-            set_forward_context(None, self._vllm_config, num_tokens=tokens),
+            set_forward_context(
+                None, self._vllm_config, num_tokens=tokens, skip_compiled=True
+            ),
+            a_kv_cache_for_each_call(self.module, self._attention_calls),
         ):
             try:
                 run()

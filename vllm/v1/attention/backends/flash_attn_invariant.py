@@ -43,3 +43,18 @@ class FlashAttentionInvariantBackend(FlashAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[FlashAttentionInvariantMetadataBuilder]:
         return FlashAttentionInvariantMetadataBuilder
+
+
+def keep_bits_at_decode(paged: Any, max_model_len: int) -> None:
+    """Have a decode step of a FlashAttention layer round like a training step.
+
+    Args:
+        paged: A vLLM `Attention` whose `get_kv_cache_spec` passes
+            `window_without_effect` on.
+        max_model_len: The longest sequence, in tokens.
+    """
+    if paged.sliding_window is None and changes_bits_at_decode(paged.head_size):
+        # The last token of a sequence is never a query, so none looks further back.
+        paged.window_without_effect = max_model_len - 1
+        paged.impl.sliding_window = (max_model_len - 2, 0)
+        paged.attn_backend = FlashAttentionInvariantBackend

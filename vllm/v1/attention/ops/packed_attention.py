@@ -6,12 +6,14 @@
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -19,6 +21,38 @@ from torch.autograd.function import once_differentiable
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
+
+
+# int32 `[num_seqs + 1]`; a tensor, or what torch.as_tensor makes one of.
+CuSeqlens = torch.Tensor | Sequence[int] | np.ndarray
+
+
+def as_cu_seqlens(cu_seqlens: CuSeqlens) -> torch.Tensor:
+    """`cu_seqlens` as an integer tensor of one axis.
+
+    Raises:
+        TypeError: it is no tensor and cannot be made one.
+        ValueError: it has another shape or dtype.
+    """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        try:
+            cu_seqlens = torch.as_tensor(cu_seqlens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                "cu_seqlens must be an int32 tensor of shape [num_seqs + 1], or a list "
+                f"of as many integers, got {cu_seqlens!r:.80}: {error}"
+            ) from error
+    if (
+        cu_seqlens.dim() != 1
+        or cu_seqlens.numel() == 0
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            "cu_seqlens must be an int32 tensor of shape [num_seqs + 1], got "
+            f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}. Build it as "
+            "F.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))."
+        )
+    return cu_seqlens
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +69,14 @@ class Sequences:
     ragged_lengths: tuple[int, ...] = ()
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> "Sequences":
-        """Checks `cu_seqlens` and reads it: on a GPU this waits for the device."""
-        if (
-            cu_seqlens.dim() != 1
-            or cu_seqlens.numel() == 0
-            or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        ):
-            raise ValueError(
-                "cu_seqlens must be an int32 tensor of shape [num_seqs + 1], got "
-                f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}. Build it as "
-                "F.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))."
-            )
+    def from_cu_seqlens(cls, cu_seqlens: CuSeqlens) -> "Sequences":
+        """Checks `cu_seqlens` and reads it: on a GPU this waits for the device.
+
+        Raises:
+            TypeError: it is no tensor and cannot be made one.
+            ValueError: it has another shape or dtype, or decreases.
+        """
+        cu_seqlens = as_cu_seqlens(cu_seqlens)
         offsets = cu_seqlens.tolist()
         lengths = tuple(end - start for start, end in pairwise(offsets))
         if offsets[0] != 0 or min(lengths, default=0) < 0:
@@ -65,22 +95,52 @@ class Sequences:
         return self.ragged_lengths
 
 
-# PyTorch carries this thread-local to the threads that run backward, which it does
+# PyTorch carries these thread-locals to the threads that run backward, which it does
 # not do for a ContextVar: activation checkpointing recomputes the forward there.
-_TLS_KEY = "vllm.packed_sequences"
+_SEQUENCES_KEY = "vllm.packed_sequences"
+_PACKED_NODES_KEY = "vllm.packed_sequences.nodes"
 _lock = threading.Lock()
-_num_active = 0  # in all threads; torch.compile guards on it
-_ever_active = False
+# In all threads; torch.compile guards on it. It cannot guard on the thread-locals
+# above: while any thread has packed sequences, a compiled layer asks at run time.
+_num_active = 0
+
+
+class _PackedNodes:
+    """Which autograd nodes a thread made inside `packed_sequences`.
+
+    They are ranges of PyTorch's sequence numbers, which count a thread's nodes.
+    """
+
+    MOST_RANGES = 1024
+
+    def __init__(self) -> None:
+        self._ranges: deque[tuple[int, int]] = deque()
+
+    def add(self, start: int, end: int) -> None:
+        if self._ranges and self._ranges[-1][1] >= start:
+            start = min(start, self._ranges.pop()[0])
+        self._ranges.append((start, end))
+        if len(self._ranges) > self.MOST_RANGES:
+            # The graphs of the oldest are gone, most likely. To take what lies between
+            # two of them for packed could only cause an error, and no wrong gradient.
+            (first, _), (_, last) = self._ranges.popleft(), self._ranges.popleft()
+            self._ranges.appendleft((first, last))
+
+    def contain(self, node: torch.autograd.graph.Node) -> bool:
+        number = node._sequence_nr()
+        return any(start <= number < end for start, end in self._ranges)
+
+
+def _thread_local(key: str) -> Any:
+    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
 
 
 def current_sequences() -> Sequences | None:
-    if not torch._C._is_key_in_tls(_TLS_KEY):
-        return None
-    return torch._C._get_obj_in_tls(_TLS_KEY)
+    return _thread_local(_SEQUENCES_KEY)
 
 
 @contextmanager
-def packed_sequences(cu_seqlens: torch.Tensor) -> Iterator[None]:
+def packed_sequences(cu_seqlens: CuSeqlens) -> Iterator[None]:
     """Tells every trainable attention layer called inside where sequences begin.
 
     For training on packed batches without threading `cu_seqlens` through each
@@ -97,30 +157,48 @@ def packed_sequences(cu_seqlens: torch.Tensor) -> Iterator[None]:
 
     Args:
         cu_seqlens: int32 `[num_seqs + 1]`, cumulative lengths that start at 0;
-            sequence i is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
+            sequence i is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`. A list will do.
 
     Raises:
+        TypeError: `cu_seqlens` is no tensor and cannot be made one.
         ValueError: `cu_seqlens` has another shape or dtype, or decreases.
     """
-    global _num_active, _ever_active
+    global _num_active
     sequences = Sequences.from_cu_seqlens(cu_seqlens)
     outer = current_sequences()
+    nodes = _thread_local(_PACKED_NODES_KEY)
+    if nodes is None:
+        nodes = _PackedNodes()
+        torch._C._stash_obj_in_tls(_PACKED_NODES_KEY, nodes)
+    first_node = torch.autograd._get_sequence_nr()
     with _lock:
         _num_active += 1
-        _ever_active = True
-    torch._C._stash_obj_in_tls(_TLS_KEY, sequences)
+    torch._C._stash_obj_in_tls(_SEQUENCES_KEY, sequences)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_TLS_KEY, outer)
+        torch._C._stash_obj_in_tls(_SEQUENCES_KEY, outer)
+        nodes.add(first_node, torch.autograd._get_sequence_nr())
         with _lock:
             _num_active -= 1
 
 
-def sequences_of(rows: Sequences, cu_seqlens: torch.Tensor | None) -> Sequences:
+def _recomputes_a_pack() -> bool:
+    """Whether this is activation checkpointing's second run of a packed forward.
+
+    It runs for a node of the first run, which was made inside `packed_sequences`.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False  # not in backward
+    nodes, node = _thread_local(_PACKED_NODES_KEY), torch._C._current_autograd_node()
+    return nodes is not None and node is not None and nodes.contain(node)
+
+
+def sequences_of(rows: Sequences, cu_seqlens: CuSeqlens | None) -> Sequences:
     """The sequences of a batch: by `cu_seqlens`, by `packed_sequences`, or its rows.
 
     Raises:
+        TypeError: `cu_seqlens` is no tensor and cannot be made one.
         ValueError: the lengths do not fit the batch.
         RuntimeError: a recomputation in backward runs outside its `packed_sequences`.
     """
@@ -130,8 +208,7 @@ def sequences_of(rows: Sequences, cu_seqlens: torch.Tensor | None) -> Sequences:
         else Sequences.from_cu_seqlens(cu_seqlens)
     )
     if sequences is None:
-        in_backward = torch._C._current_graph_task_id() != -1
-        if _ever_active and in_backward and rows.num_seqs == 1:
+        if rows.num_seqs == 1 and _recomputes_a_pack():
             # To take a pack for one sequence would give wrong gradients silently.
             raise RuntimeError(
                 "Attention is recomputed in backward (activation checkpointing) "
@@ -153,7 +230,7 @@ def sequences_of(rows: Sequences, cu_seqlens: torch.Tensor | None) -> Sequences:
     return sequences
 
 
-def graph_is_dense(cu_seqlens: torch.Tensor | None) -> bool:
+def graph_is_dense(cu_seqlens: CuSeqlens | None) -> bool:
     """While compiling: whether rows are the sequences, so that nothing is ragged."""
     return torch.compiler.is_compiling() and cu_seqlens is None and _num_active == 0
 
