@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -62,7 +62,9 @@ class CallableModelWrapper(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
-        module = build_module(arch, self._registration.factory, vllm_config, prefix)
+        module, self._constants = build_module(
+            arch, self._registration.factory, vllm_config, prefix
+        )
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
@@ -266,7 +268,7 @@ class CallableModelWrapper(nn.Module):
 
     def _round_constants(self, error: Exception) -> None:
         """Cast constants that `forward` uses beside activations, without a cast."""
-        dtype = self._vllm_config.model_config.dtype
+        dtype = cast(torch.dtype, self._vllm_config.model_config.dtype)
         names = round_constants(self._constants, dtype)
         logger.warning(
             "%s: forward fails with constants in float32 (%s), so they are rounded to "
