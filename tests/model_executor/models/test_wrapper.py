@@ -203,7 +203,7 @@ def test_how_a_module_was_called_is_said(wrap):
         model.process_weights_after_loading()
     (note,) = error.value.__notes__
     assert note == (
-        "raised by Batched.forward(input_ids [3], positions [3]): vLLM calls "
+        "Batched was tried as forward(input_ids [3], positions [3]): vLLM calls "
         "forward(self, input_ids, positions) -> hidden states [tokens, hidden], with "
         "the tokens of all sequences on one axis, without a batch axis."
     )

@@ -260,7 +260,7 @@ class CallableModelWrapper(nn.Module):
             try:
                 run()
             except Exception as error:
-                if not self._constants or "dtype" not in _types_in(error):
+                if not self._constants or not _is_about_dtypes(error):
                     error.add_note(self._how_it_was_called(tokens))
                     raise
                 self._round_constants(error)
@@ -283,12 +283,12 @@ class CallableModelWrapper(nn.Module):
 
     def _how_it_was_called(self, tokens: int) -> str:
         return (
-            f"raised by {type(self.module).__name__}.forward(input_ids [{tokens}], "
+            f"{type(self.module).__name__} was tried as forward(input_ids [{tokens}], "
             f"positions [{tokens}]): vLLM calls {FORWARD}, with the tokens of all "
             "sequences on one axis, without a batch axis."
         )
 
 
-def _types_in(error: Exception) -> str:
-    """The message of an error, where each of PyTorch's words for a dtype is one."""
-    return str(error).replace("scalar type", "dtype")
+def _is_about_dtypes(error: Exception) -> bool:
+    """Whether `error` is what PyTorch raises for operands of two dtypes."""
+    return any(word in str(error) for word in ("dtype", "scalar type"))
