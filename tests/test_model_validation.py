@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from vllm.logprobs import FlatLogprobs, Logprob
-from vllm.model_validation import Thresholds, validate, validate_outputs
+from vllm.model_validation import (
+    Thresholds,
+    TokenComparison,
+    ValidationReport,
+    validate,
+    validate_outputs,
+)
 
 VOCAB = 32
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2]]
@@ -324,3 +330,46 @@ def test_served_model(start, model_dir):
     with torch.no_grad():
         model.layers[1].projection.bias[0] += 0.01
     assert validate(llm, reference, prompts, max_tokens=16).exit_code == 1
+
+
+@pytest.mark.parametrize("masked_prompt", [False, True])
+def test_masked_ids_agree(masked_prompt):
+    """Both sides give -inf to ids that are no tokens, maybe to one of the prompt."""
+    masked = torch.arange(VOCAB) >= VOCAB - 4
+    logits = torch.randn(VOCAB).masked_fill(masked, -math.inf)
+    log_probs = logits.log_softmax(-1)
+    token = int(logits.argmax())
+    served = {
+        i: Logprob(logprob=p, rank=1, decoded_token=None)
+        for i, p in enumerate(log_probs.tolist())
+    }
+    prompt = [0, VOCAB - 1 if masked_prompt else 1]
+    output = SimpleNamespace(
+        prompt_token_ids=prompt,
+        prompt_logprobs=[None, served],
+        outputs=[SimpleNamespace(token_ids=[token], logprobs=[served])],
+    )
+    report = validate_outputs(
+        [output], lambda ids: logits.expand(len(ids), VOCAB), max_tokens=1
+    )
+    assert report.passed, report.checks
+    assert all(token.logprob_diff < 1e-5 for token in report.tokens)
+    # One that is masked on one side only does not agree.
+    served[VOCAB - 1] = Logprob(logprob=-3.0, rank=1, decoded_token=None)
+    report = validate_outputs(
+        [output], lambda ids: logits.expand(len(ids), VOCAB), max_tokens=1
+    )
+    assert not report.passed
+
+
+@pytest.mark.parametrize("limit, passes", [(1e-4, True), (0.0, False)])
+def test_large_log_probs_have_the_resolution_of_float32(limit, passes):
+    token = TokenComparison(0, 1, 0, True, -2155.2419, -2155.2416, 1, None, True)
+    report = ValidationReport(
+        thresholds=Thresholds(max_logprob_diff=limit, mean_logprob_diff=limit),
+        num_prompts=1,
+        tokens=(token,),
+        missing_tokens=0,
+        kl_support="",
+    )
+    assert report.passed == passes

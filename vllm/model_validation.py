@@ -39,13 +39,17 @@ if TYPE_CHECKING:
 Reference = Callable[[torch.Tensor], torch.Tensor]
 
 LISTED = 8
+# Relative: a few units in the last place of the float32 that an engine reports.
+RESOLUTION = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What a report has to keep to pass.
 
-    The defaults are for float32 on both sides, where what is left is rounding.
+    The defaults are for float32 on both sides, where what is left is rounding. Limits
+    of |Δ log p| that are not zero grow to what float32 resolves of the log-probs, which
+    matters for those below -200.
 
     Args:
         greedy_agreement: least fraction of generated tokens that are the reference's
@@ -161,8 +165,7 @@ class ValidationReport:
     def checks(self) -> list[Check]:
         """Everything that has to hold, in the order of the table."""
         limits = self.thresholds
-        generated = [token.logprob_diff for token in self.generated]
-        prompts = [token.logprob_diff for token in self.prompt_tokens]
+        generated, prompts = list(self.generated), list(self.prompt_tokens)
         kl = [token.kl for token in self.generated if token.kl is not None]
         broken = sum(not token.finite for token in self.tokens)
         agreement = self.greedy_agreement
@@ -176,20 +179,12 @@ class ValidationReport:
                 limits.greedy_agreement,
                 agreement >= limits.greedy_agreement,
             ),
-            _at_most("max |Δ log p|", _max(generated), limits.max_logprob_diff),
-            _at_most("mean |Δ log p|", _mean(generated), limits.mean_logprob_diff),
+            *_within("", generated, limits),
         ]
         if kl:
             checks.append(_at_most("max KL", _max(kl), limits.max_kl))
         if prompts:
-            checks += [
-                _at_most(
-                    "prompt max |Δ log p|", _max(prompts), limits.max_logprob_diff
-                ),
-                _at_most(
-                    "prompt mean |Δ log p|", _mean(prompts), limits.mean_logprob_diff
-                ),
-            ]
+            checks += _within("prompt ", prompts, limits)
         return checks
 
     @property
@@ -466,6 +461,20 @@ def _kl(served: dict[int, float], reference: torch.Tensor) -> float | None:
     p = torch.tensor(list(served.values()), dtype=torch.float64).log_softmax(-1)
     q = reference[list(served)].log_softmax(-1)
     return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
+
+
+def _within(of: str, tokens: list[TokenComparison], limits: Thresholds) -> list[Check]:
+    """The checks of |Δ log p|, no finer than what float32 resolves of such values."""
+    diffs = [token.logprob_diff for token in tokens]
+    values = (token.reference_logprob for token in tokens)
+    sizes = [abs(value) for value in values if math.isfinite(value)]
+    largest, usual = (RESOLUTION * size(sizes or [0.0]) for size in (_max, _mean))
+    most, mean = limits.max_logprob_diff, limits.mean_logprob_diff
+    return [
+        # A limit of zero asks for equal bits.
+        _at_most(f"{of}max |Δ log p|", _max(diffs), max(most, largest) if most else 0),
+        _at_most(f"{of}mean |Δ log p|", _mean(diffs), max(mean, usual) if mean else 0),
+    ]
 
 
 def _at_most(name: str, value: float, limit: float) -> Check:

@@ -54,6 +54,8 @@ def write_config(directory: Path, **auto_map: str) -> None:
         ({"AutoConfig": "c.C"}, None),
         ({"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}, "m.M"),
         ({"AutoModel": "m.M", "VllmModel": "m.build"}, "m.build"),
+        ({"AutoModelForCausalLM": [None, "m.M"], "AutoTokenizer": ["t.T"]}, "m.M"),
+        ({"VllmModel": [None], "AutoModel": "m.M"}, "m.M"),
     ],
 )
 def test_what_names_the_model(auto_map, reference):
@@ -76,6 +78,38 @@ def test_the_code_is_loaded_and_not_pickled(directory):
     model = pickle.loads(pickle.dumps(AutoMapModel("modeling_own.build", config)))
     assert model.load().__name__ == "build"
     assert config.registry.models["OwnModel"].inspect_model_cls().supports_pp
+
+
+def test_code_in_folders(directory):
+    (directory / "parts/inner").mkdir(parents=True)
+    (directory / "parts/core.py").write_text("from .inner.size import SIZE\n")
+    (directory / "parts/inner/size.py").write_text("SIZE = 3\n")
+    code = "from .parts.core import SIZE\ndef build(c, p): return SIZE\n"
+    (directory / "modeling_parts.py").write_text(code)
+    write_config(directory, VllmModel="modeling_parts.build")
+    config = ModelConfig(
+        str(directory), skip_tokenizer_init=True, trust_remote_code=True
+    )
+    model = AutoMapModel("modeling_parts.build", config)
+    assert model(None, None) == 3
+    (directory / "parts/inner/size.py").write_text("SIZE = 4\n")
+    assert model(None, None) == 4
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (None, "config.json names modeling_bad.build as its model, .* no modeling_bad"),
+        ("from .parts.none import X", "No module named .*parts"),
+        ("1 / 0", "division by zero"),
+    ],
+)
+def test_code_that_cannot_be_loaded(directory, code, message):
+    if code:
+        (directory / "modeling_bad.py").write_text(code)
+    write_config(directory, VllmModel="modeling_bad.build")
+    with pytest.raises((ValueError, ImportError, ZeroDivisionError), match=message):
+        ModelConfig(str(directory), skip_tokenizer_init=True, trust_remote_code=True)
 
 
 def test_a_transformers_model_is_left_to_its_backend(directory):

@@ -140,6 +140,7 @@ def test_an_architecture_that_only_the_overrides_name(model_dir):
             model_dir, ["architectures"], {"hf_overrides": overrides}, top_k=2
         )
         assert config.architecture == "TinyModel" and config.hf_config.top_k == 2
+        assert config.get_diff_sampling_param() == {}
 
 
 def test_keys_are_no_defaults_of_sampling(model_dir):

@@ -69,6 +69,12 @@ def _load_from_package(directory: Path, reference: str) -> Any:
 
     Its code may import from folders in it, as `from .parts.core import ...`.
     """
+    file, _, name = reference.rpartition(".")
+    if not (directory / f"{file}.py").is_file():
+        raise ValueError(
+            f"config.json names {reference} as its model, in auto_map, but there is no "
+            f"{file}.py in {directory}."
+        )
     digest = hashlib.sha256(str(directory.resolve()).encode())
     for path in sorted(directory.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -77,7 +83,6 @@ def _load_from_package(directory: Path, reference: str) -> Any:
         spec = ModuleSpec(package, None, is_package=True)
         spec.submodule_search_locations = [str(directory)]
         sys.modules[package] = module_from_spec(spec)
-    file, _, name = reference.rpartition(".")
     return getattr(importlib.import_module(f"{package}.{file}"), name)
 
 
@@ -112,6 +117,7 @@ def auto_map_model(
         return None
     model = AutoMapModel(reference, model_config)
     if VLLM_KEY in auto_map:
+        model.load()  # here, an error of its code is one of the caller's
         return model
     if any(arch in known for arch in model_config.hf_config.architectures or ()):
         return None

@@ -74,11 +74,15 @@ def registered_model_config(
         ValueError: the model is code beside the config, which is not trusted.
 
     """
+    from vllm.model_executor.models.registry import ModelRegistry
+
     auto_map = config_dict.get("auto_map") or {}
     if model_type in CONFIG_MAPPING or model_type in known or "AutoConfig" in auto_map:
         return None
     config = RegisteredModelConfig(**config_dict)
-    if not is_registered(_architectures(config, overrides)):
+    # Where none is named, `hf_overrides` may name one that is not known here.
+    architectures = _architectures(config, overrides) or list(ModelRegistry.models)
+    if not is_registered(architectures):
         reference = model_reference(auto_map)
         if reference is None:
             return None
@@ -113,7 +117,8 @@ def generation_source(config: PretrainedConfig) -> PretrainedConfig:
 
     A registered model's `top_k` may be its number of experts.
     """
-    if not is_registered(config.architectures):
+    own = isinstance(config, RegisteredModelConfig)
+    if not own and not is_registered(config.architectures):
         return config
     tokens = {k: v for k, v in config.to_dict().items() if k.endswith("_token_id")}
     return PretrainedConfig(**tokens)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from vllm import ModelRegistry
 from vllm.model_executor.layers import TrainableAttention, TrainableFlashAttention
@@ -313,6 +313,46 @@ class TestFinding:
             apply_plans(model, config(), TWO_RANKS)
         model.config = LlamaConfig()
         apply_plans(model, config(), TWO_RANKS)
+
+    def test_tied_embeddings_of_a_config_class_are_no_plan_of_the_users(self):
+        tied = LlamaConfig(tie_word_embeddings=True)
+        assert "embed_tokens" in tied.base_model_tp_plan
+        for module_config in (None, tied):
+            model = PlanModel(tp_plan=None)
+            model.config = module_config
+            hf_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=tied))
+            apply_plans(model, hf_config, TWO_RANKS)
+
+    @pytest.mark.parametrize("attribute", ["tp_plan", "_tp_plan"])
+    def test_an_empty_plan_on_the_module_means_none(self, attribute):
+        model = PlanModel(tp_plan=None)
+        model.decoder["stack"].tp_plan = {"layers.*.up": "colwise"}
+        setattr(model, attribute, {})
+        plans = {"base_model_tp_plan": {"lm_head": "colwise_rep"}}
+        apply_plans(model, config(**plans), TWO_RANKS)
+        assert model.lm_head.weight.shape == (VOCAB, HIDDEN)
+        assert model.decoder["stack"].layers["layer_2"].up.out_features == 2 * HIDDEN
+
+    def test_what_transformers_wrote_is_checked_where_it_divides(self):
+        gemma = Gemma2Config(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+        )
+        with torch.device("meta"):
+            model = Gemma2ForCausalLM(gemma)
+        hf_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=gemma))
+        apply_plans(model, hf_config, ParallelContext())
+        with pytest.raises(ValueError, match="Gemma2TextScaledWordEmbedding"):
+            apply_plans(model, hf_config, TWO_RANKS)
+        # What the user adds is checked in any case.
+        model.tp_plan = {"no_such": "colwise"}
+        with pytest.raises(ValueError, match="'no_such', which matches nothing"):
+            apply_plans(model, hf_config, ParallelContext())
 
     def test_two_plans_that_differ(self):
         model = PlanModel(_tp_plan={"lm_head": "rowwise_rep"})

@@ -33,10 +33,12 @@ def on_stage(monkeypatch):
             get_hidden_size=lambda: HIDDEN,
             get_total_num_hidden_layers=lambda: num_layers,
             dtype=torch.float32,
+            enable_prompt_embeds=False,
             hf_config=PretrainedConfig(),
         )
         config = SimpleNamespace(
             additional_config={},
+            quant_config=None,
             parallel_config=ParallelConfig(pipeline_parallel_size=2),
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),

@@ -6,8 +6,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny_model import HIDDEN, TinyModel
 from torch import nn
 
+from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.models.callable_model.precision import (
     Float32Constants,
     round_constants,
@@ -123,3 +126,35 @@ def test_rounding():
     names = round_constants(precision.computed(module), torch.bfloat16)
     assert "Constants.inv_freq" in names
     assert torch.equal(module.inv_freq, Constants().inv_freq.bfloat16())
+
+
+class Rotary(TinyModel):
+    """Its positions are angles, of frequencies that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.positions
+        self.constants = Constants()
+        self.rotary_out = nn.Linear(DIM // 2, HIDDEN)
+
+    def positions(self, positions: torch.Tensor) -> torch.Tensor:
+        angles = positions[:, None] * self.constants.inv_freq
+        return self.rotary_out(angles.cos().to(self.rotary_out.weight.dtype))
+
+
+@pytest.mark.engine
+def test_served(start, model_dir, monkeypatch):
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    ModelRegistry.register_model("TinyModel", lambda c, p: Rotary())
+    trainers = Rotary()
+    save_file(trainers.state_dict(), model_dir / "model.safetensors")
+    llm = start(dtype="bfloat16")
+    (served,) = llm.apply_model(
+        lambda model: {k: v.clone() for k, v in model.named_buffers()}
+    )
+    assert torch.equal(served["constants.inv_freq"], trainers.constants.inv_freq)
+    (dtypes,) = llm.apply_model(lambda model: {p.dtype for p in model.parameters()})
+    assert dtypes == {torch.bfloat16}
+    params = SamplingParams(temperature=0, max_tokens=4, detokenize=False)
+    output = llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)[0]
+    assert len(output.outputs[0].token_ids) == 4

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ def build_module(
     keywords = {"prefix": prefix} if takes_prefix else {}
     task = f"the registered {name_of(registered)} of {architecture}"
     enter_stage(f"building the model by {task}")
-    precision = Float32Constants(vllm_config.model_config.dtype)
+    precision = Float32Constants(cast(torch.dtype, vllm_config.model_config.dtype))
     narrow = precision.dtype in (torch.bfloat16, torch.float16)
     try:
         with time_limit(task):

@@ -121,7 +121,7 @@ def check_config(model_config: ModelConfig) -> None:
         least = 1 if key in REQUIRED_KEYS else 0
         if not isinstance(value, int) or value < least:
             has = f"has {key}: {value!r}" if hasattr(config, key) else f"has no {key}"
-            names = ", ".join(model_config.hf_config.architectures)
+            names = ", ".join(model_config.hf_config.architectures or ())
             raise ValueError(
                 f"{names}: config.json {has}; "
                 f"vLLM reads it as {use}. Write it under this name, or pass "
@@ -149,7 +149,8 @@ def check_quantization(
         raise ValueError(
             f"{architecture}: quantization={quantization!r} is asked for, but no layer "
             f"of {type(module).__name__} does it. Give vLLM's linear layers "
-            "quant_config=vllm_config.quant_config; or start without quantization, and take quantization_config out of config.json."
+            "quant_config=vllm_config.quant_config; or start without quantization, and "
+            "take quantization_config out of config.json."
         )
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -70,7 +70,9 @@ class CallableModelWrapper(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
-        module = build_module(arch, self._registration.factory, vllm_config, prefix)
+        module, self._constants = build_module(
+            arch, self._registration.factory, vllm_config, prefix
+        )
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
@@ -271,7 +273,7 @@ class CallableModelWrapper(nn.Module):
             try:
                 run()
             except Exception as error:
-                if not self._constants or "dtype" not in _types_in(error):
+                if not self._constants or not _is_about_dtypes(error):
                     error.add_note(self._how_it_was_called(tokens))
                     raise
                 self._round_constants(error)
@@ -279,7 +281,7 @@ class CallableModelWrapper(nn.Module):
 
     def _round_constants(self, error: Exception) -> None:
         """Cast constants that `forward` uses beside activations, without a cast."""
-        dtype = self._vllm_config.model_config.dtype
+        dtype = cast(torch.dtype, self._vllm_config.model_config.dtype)
         names = round_constants(self._constants, dtype)
         logger.warning(
             "%s: forward fails with constants in float32 (%s), so they are rounded to "
@@ -294,12 +296,12 @@ class CallableModelWrapper(nn.Module):
 
     def _how_it_was_called(self, tokens: int) -> str:
         return (
-            f"raised by {type(self.module).__name__}.forward(input_ids [{tokens}], "
+            f"{type(self.module).__name__} was tried as forward(input_ids [{tokens}], "
             f"positions [{tokens}]): vLLM calls {FORWARD}, with the tokens of all "
             "sequences on one axis, without a batch axis."
         )
 
 
-def _types_in(error: Exception) -> str:
-    """The message of an error, where each of PyTorch's words for a dtype is one."""
-    return str(error).replace("scalar type", "dtype")
+def _is_about_dtypes(error: Exception) -> bool:
+    """Whether `error` is what PyTorch raises for operands of two dtypes."""
+    return any(word in str(error) for word in ("dtype", "scalar type"))
