@@ -33,7 +33,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.model_loader.full_checkpoint import readable
 from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 from vllm.model_executor.models.parallel_plan import HIDDEN_STATES, apply_plans
 from vllm.model_executor.models.registry import (
@@ -45,6 +45,8 @@ from vllm.model_executor.models.registry import (
     _try_load_model_cls,
 )
 from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
+from vllm.model_executor.parameters.load import weights_of
+from vllm.model_executor.parameters.placement import place, unwrap
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel, auto_map_model
 from vllm.utils.func_utils import _supports_kw
@@ -110,6 +112,7 @@ class CallableModelWrapper(nn.Module):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
+        self._weights = weights_of(module, self._context)
         self._forward_keywords = _forward_keywords(arch, module)
         self._stage_input = None
         if not self._context.is_first_stage:
@@ -231,6 +234,7 @@ class CallableModelWrapper(nn.Module):
         Vocabulary-parallel logits are gathered. None on ranks that vLLM's own
         output head leaves without.
         """
+        self._weights.require_whole()
         logits = self._logits(hidden_states)
         if logits is not None and not self._logits_seen:
             self._logits_seen = True
@@ -240,14 +244,8 @@ class CallableModelWrapper(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Load with the module's own `load_weights`, or by name if it has none."""
         enter_stage("loading the weights")
-        if hasattr(self.module, "load_weights"):
-            return self.module.load_weights(weights)
-        return load_full_checkpoint(
-            self.module,
-            weights,
-            self._context,
-            source=self._vllm_config.model_config.model,
-        )
+        source = self._vllm_config.model_config.model
+        return self._weights.load_model(self, readable(weights, source), source)
 
     def process_weights_after_loading(self) -> None:
         """Finish the module's own processing, then try the model on a few tokens.
@@ -255,6 +253,7 @@ class CallableModelWrapper(nn.Module):
         vLLM warms up most configurations later, but not all; a model that cannot
         run must fail here, while it is loaded.
         """
+        self._weights.finish_first_load()
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
         # A compiled module must first meet vLLM's own warm-up sizes.
@@ -388,6 +387,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             with time_limit(task):
                 module = factory(vllm_config, context, **keywords)
                 if isinstance(module, nn.Module):
+                    module = unwrap(module)
                     _check_same_on_all_ranks(self.architecture, module, context)
         except Exception as error:
             error.add_note(
@@ -403,7 +403,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             )
         module = apply_plans(module, vllm_config, context)
         # A module that was built before, by the caller, may lie elsewhere.
-        return module.to(vllm_config.device_config.device)
+        return place(module, vllm_config.device_config.device)
 
 
 def as_model_cls(architecture: str, target: Any) -> type[nn.Module]:
