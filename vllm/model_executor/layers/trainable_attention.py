@@ -135,17 +135,20 @@ def _build_paged_attention(
         cache_config.sliding_window = layer.sliding_window
     # Backends without sinks do not take the argument.
     extra: dict[str, Any] = {} if layer.sinks is None else {"sinks": layer.sinks}
-    paged = _paged_attention_cls(layer.causal)(
-        num_heads=layer.num_heads,
-        head_size=layer.head_dim,
-        scale=layer.scale,
-        num_kv_heads=layer.num_kv_heads,
-        cache_config=cache_config,
-        logits_soft_cap=layer.logits_soft_cap,
-        per_layer_sliding_window=layer.sliding_window,
-        prefix=prefix,
-        **extra,
-    )
+    # Not where a factory puts its weights for now, such as the meta device: it has
+    # tensors of its own, which no checkpoint fills.
+    with vllm_config.device_config.device:
+        paged = _paged_attention_cls(layer.causal)(
+            num_heads=layer.num_heads,
+            head_size=layer.head_dim,
+            scale=layer.scale,
+            num_kv_heads=layer.num_kv_heads,
+            cache_config=cache_config,
+            logits_soft_cap=layer.logits_soft_cap,
+            per_layer_sliding_window=layer.sliding_window,
+            prefix=prefix,
+            **extra,
+        )
     backend = paged.attn_backend
     if not backend.supports_head_size(layer.head_dim):
         raise ValueError(

@@ -363,7 +363,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
                 _make_empty_intermediate_tensors
             )
         if attributes.get("is_pooling_model"):
-            attributes.setdefault("pooler", _on_module("pooler"))
+            attributes["pooler"] = property(_pooler)
             if annotated is None or not hasattr(annotated, "compute_logits"):
                 attributes["compute_logits"] = None
         attributes["_registration"] = self
@@ -620,6 +620,12 @@ def _make_empty_intermediate_tensors(
     return IntermediateTensors(
         {HIDDEN_STATES: torch.zeros(shape, dtype=dtype, device=device)}
     )
+
+
+def _pooler(wrapper: CallableModelWrapper) -> Any:
+    """The module's pooler, which every step of a pooling model asks for."""
+    wrapper._weights.require_whole()
+    return wrapper.module.pooler
 
 
 def _on_module(name: str) -> property:

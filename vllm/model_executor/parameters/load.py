@@ -76,7 +76,7 @@ class ModuleWeights:
         self._loaded = False
         # After a load that failed half-way: what failed, and what is to be loaded.
         self._failure: str | None = None
-        self._stale: set[str] = set()
+        self._stale: list[set[str]] = []
 
     def finish_first_load(self) -> None:
         """Later loads may be partial, also after one that was not done here."""
@@ -116,6 +116,8 @@ class ModuleWeights:
             checks.finish_checks()
         load = _Load(self, complete, source)
         try:
+            if isinstance(weights, Collection):
+                load.take_hooked(checks)
             for name, whole in weights:
                 load.take(name, whole)
             load.finish()
@@ -168,12 +170,14 @@ class ModuleWeights:
 
     def _mark_mixed(self, error: BaseException) -> None:
         if self._failure is None:
-            module = self._get_module()
-            self._stale = {name for name, _ in module.named_parameters()}
+            self._stale = [
+                *(e.local_names for e in self._names.unique() if not e.optional),
+                *(hooked.local_names for hooked in self._names.hooked),
+            ]
         self._failure = f"{type(error).__name__}: {error}"
 
     def _mark_loaded(self, names: set[str]) -> None:
-        self._stale -= names
+        self._stale = [tensor for tensor in self._stale if not tensor & names]
         if not self._stale:
             self._failure = None
 
@@ -192,6 +196,7 @@ class _Load:
         # By id of its entry: the name that was used, and the tensor if it is kept.
         self._given: dict[int, tuple[str, torch.Tensor | None]] = {}
         self._hooked: dict[str, dict[str, Any]] = {}  # by path
+        self._hooked_done: set[str] = set()
         self._states: dict[str, Any] = {}
         # Of packed layers with several tensors, until all have come.
         self._waiting: dict[nn.Module, dict[str, torch.Tensor]] = {}
@@ -213,7 +218,8 @@ class _Load:
         names = self._names
         hooked = None if name in self._elsewhere else names.find_hooked(name)
         if hooked is not None:
-            self._hooked.setdefault(hooked.path, {})[name] = whole
+            if hooked.path not in self._hooked_done:
+                self._hooked.setdefault(hooked.path, {})[name] = whole
             return None
         if name.endswith(EXTRA_STATE):
             if name in names.extra_states:
@@ -233,10 +239,9 @@ class _Load:
             return None
         if name not in names.entries:
             logger.info_once(
-                "%s has names with parts that a wrapper of the module put in, as in "
-                "%s; they are read without.",
+                "%s has names with parts that a wrapper of the module put in, such as "
+                "_orig_mod. They are read without.",
                 self._source,
-                name,
             )
         if whole.shape != entry.layout.shape:
             expected = list(entry.layout.shape)
@@ -282,7 +287,7 @@ class _Load:
             ]
             missing += names.extra_states.keys() - self._states.keys()
             for hooked in names.hooked:
-                if hooked.path not in self._hooked:
+                if hooked.path not in self._hooked.keys() | self._hooked_done:
                     missing += hooked.state_names()
         problems = {
             "missing": sorted(missing),
@@ -330,19 +335,29 @@ class _Load:
         if entry is not None:
             self._write(entry, whole)
 
+    def take_hooked(self, checks: _Load) -> None:
+        """Write first what only its own `load_state_dict` can check."""
+        self._hooked = checks._hooked
+        self._write_hooked()
+
     def finish(self) -> None:
         """Write what had to wait until all had come."""
         self.finish_checks()
-        for path, state in self._hooked.items():
-            hooked = next(h for h in self._names.hooked if h.path == path)
-            self.has_written = True
-            load_hooked(hooked, state, self._kind, self._source)
-            self.filled |= hooked.local_names
+        self._write_hooked()
         for name, value in self._states.items():
             part = self._names.extra_states[name]()
             assert part is not None
             self.has_written = True
             part.set_extra_state(value)
+
+    def _write_hooked(self) -> None:
+        for hooked in self._names.hooked:
+            state = self._hooked.pop(hooked.path, None)
+            if state is not None:
+                load_hooked(hooked, state, self._kind, self._source)
+                self.has_written = True
+                self._hooked_done.add(hooked.path)
+                self.filled |= hooked.local_names
 
     def _write(self, entry: Entry, whole: torch.Tensor) -> None:
         written: set[int] = set()

@@ -60,16 +60,13 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
             f"checkpoint: {', '.join(lost)}. Compute them on a real device, as under "
             "torch.device('cpu')."
         )
-    moved: dict[int, torch.Tensor] = {}  # tied tensors stay tied
     for part in module.modules():
         if get_layerwise_info(part).can_load():
             continue
-        for table in (part._parameters, part._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and tensor.is_meta:
-                    if id(tensor) not in moved:
-                        moved[id(tensor)] = _allocate(tensor, device)
-                    table[name] = moved[id(tensor)]
+        for tensor in [*part._parameters.values(), *part._buffers.values()]:
+            if tensor is not None and tensor.is_meta:
+                # In place: tied tensors stay tied, and who refers to one keeps it.
+                torch.utils.swap_tensors(tensor, _allocate(tensor, device))
     # Not `to`, which refuses the meta tensors that are left.
     return module._apply(lambda t: t if t.is_meta else t.to(device))
 
