@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,14 +31,8 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.layout import Layout, layer_layout
 from vllm.platforms import current_platform
 
 __all__ = [
@@ -113,8 +106,7 @@ def initialize_parameters(
             whole = parameter.new_empty(layout.shape)
             initialize(name, whole)
             layout.padding_of(parameter).zero_()
-            for part, local in layout.parts_of(parameter):
-                local.copy_(whole.narrow(layout.dim, part.offset, part.size))
+            layout.load(parameter, whole)
 
 
 @torch.no_grad()
@@ -135,7 +127,7 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> torch.Tensor:
             continue
         if (layout := layouts.get(name)) is not None:
             parts = layout.parts_of(parameter.grad)
-            counted += [local for part, local in parts if part.replica == 0]
+            counted += [local for box, local in parts if box.replica == 0]
         elif group.rank_in_group == 0:
             counted.append(parameter.grad)
     square = torch.zeros((), device=group.device)
@@ -202,102 +194,18 @@ class TrainingState(Stateful):
         )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """`size` slices of a parameter: from `start` here, from `offset` in the whole.
-
-    `replica` counts the ranks that hold the same part, from 0.
-    """
-
-    start: int
-    offset: int
-    size: int
-    replica: int = 0
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a parameter is divided along the axis `dim`; `shape` is the whole's."""
-
-    dim: int
-    shape: torch.Size
-    local_shape: torch.Size
-    parts: tuple[_Part, ...]
-
-    def parts_of(self, tensor: torch.Tensor) -> list[tuple[_Part, torch.Tensor]]:
-        """The parts as views of this rank's parameter, gradient or optimizer state."""
-        return [
-            (part, tensor.narrow(self.dim, part.start, part.size))
-            for part in self.parts
-        ]
-
-    def padding_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What follows the parts: the padding of a vocabulary, which is in no whole."""
-        used = sum(part.size for part in self.parts)
-        return parameter.narrow(self.dim, used, parameter.shape[self.dim] - used)
-
-
-def _layouts(module: nn.Module) -> dict[str, _Layout]:
+def _layouts(module: nn.Module) -> dict[str, Layout]:
     """The layouts of all divided parameters, by name; tied ones by each name."""
     layouts = {}
     for prefix, layer in module.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            layout = _layout(layer, parameter)
+            layout = layer_layout(layer, parameter)
             if layout is not None:
                 layouts[f"{prefix}.{name}" if prefix else name] = layout
     return layouts
 
 
-def _layout(layer: nn.Module, parameter: nn.Parameter) -> _Layout | None:
-    """None of a parameter that every rank holds whole."""
-    if isinstance(layer, VocabParallelEmbedding):
-        shard = layer.shard_indices
-        replica = 0 if layer.tp_size > 1 else get_tp_group().rank_in_group
-        part = _Part(0, shard.org_vocab_start_index, shard.num_org_elements, replica)
-        return _make_layout(parameter, 0, layer.org_vocab_size, [part])
-    if isinstance(layer, RowParallelLinear):
-        dim = getattr(parameter, "input_dim", None)  # a bias has none
-        outputs = [(layer.input_size_per_partition, 1)]
-    elif isinstance(layer, ColumnParallelLinear):
-        dim = getattr(parameter, "output_dim", None)
-        outputs = _outputs(layer)
-    else:
-        return None
-    if dim is None or layer.tp_size == 1:
-        return None
-
-    parts, start, offset = [], 0, 0
-    for size, replicas in outputs:
-        owner, replica = divmod(layer.tp_rank, replicas)
-        parts.append(_Part(start, offset + owner * size, size, replica))
-        start += size
-        offset += size * layer.tp_size // replicas
-    return _make_layout(parameter, dim, offset, parts)
-
-
-def _outputs(layer: ColumnParallelLinear) -> list[tuple[int, int]]:
-    """Size here, and number of ranks that hold the same, of each fused projection."""
-    if isinstance(layer, QKVParallelLinear):
-        replicas = layer.num_kv_head_replicas
-        return [
-            (layer.num_heads * layer.head_size, 1),
-            (layer.num_kv_heads * layer.head_size, replicas),
-            (layer.num_kv_heads * layer.v_head_size, replicas),
-        ]
-    if isinstance(layer, MergedColumnParallelLinear):
-        return [(size // layer.tp_size, 1) for size in layer.output_sizes]
-    return [(layer.output_size_per_partition, 1)]
-
-
-def _make_layout(
-    parameter: nn.Parameter, dim: int, size: int, parts: list[_Part]
-) -> _Layout:
-    shape = list(parameter.shape)
-    shape[dim] = size
-    return _Layout(dim, torch.Size(shape), parameter.shape, tuple(parts))
-
-
-def _as_whole(value: Any, layout: _Layout | None) -> Any:
+def _as_whole(value: Any, layout: Layout | None) -> Any:
     """This rank's tensor as a part of the whole, for a distributed checkpoint.
 
     Whatever has not the parameter's shape, such as an optimizer's step, stays as it is.
@@ -308,18 +216,15 @@ def _as_whole(value: Any, layout: _Layout | None) -> Any:
         or value.shape != layout.local_shape
     ):
         return value
-    shards, offsets = [], []
-    for part, local in layout.parts_of(value.detach()):
-        offset = [0] * len(layout.shape)
-        offset[layout.dim] = part.offset
-        shards.append(local)
-        offsets.append(tuple(offset))
+    parts = layout.parts_of(value.detach())
+    shards = [local for _, local in parts]
+    offsets = [box.whole for box, _ in parts]
     group = get_tp_group().device_group
     mesh = DeviceMesh.from_group(group, value.device.type, mesh_dim_names=("tp",))
     return DTensor.from_local(
         LocalShardsWrapper(shards, offsets),
         mesh,
-        [Shard(layout.dim)],
+        [Shard(layout.axis)],
         run_check=False,
         shape=layout.shape,
         stride=torch.empty(layout.shape, device="meta").stride(),

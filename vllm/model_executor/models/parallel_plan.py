@@ -32,15 +32,14 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
-from vllm.model_executor.model_loader.full_checkpoint import MegatronTensor
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.layout import MARK, megatron_layout
 from vllm.sequence import IntermediateTensors
 
 # The one tensor between pipeline stages, unless a module has more; vLLM's name.
 HIDDEN_STATES = "hidden_states"
 STACKS = (nn.ModuleList, nn.ModuleDict)
-MARK = "tensor_model_parallel"  # megatron-core's, of a parameter that is split
 
 
 @dataclass(frozen=True)
@@ -601,7 +600,7 @@ def _shard(
     setattr(shard, MARK, True)
     shard.partition_dim = split.axis  # type: ignore[attr-defined]
     shard.partition_stride = split.blocks  # type: ignore[attr-defined]
-    MegatronTensor(shard, context).load(full)
+    megatron_layout(shard, context).load(shard, full)
     return shard
 
 

@@ -114,17 +114,20 @@ def build_paged_attention(
         cache_config.sliding_window = layer.sliding_window
     # Backends without sinks do not take the argument.
     extra: dict[str, Any] = {} if layer.sinks is None else {"sinks": layer.sinks}
-    paged = _paged_attention_cls(layer.causal)(
-        num_heads=layer.num_heads,
-        head_size=layer.head_dim,
-        scale=layer.scale,
-        num_kv_heads=layer.num_kv_heads,
-        cache_config=cache_config,
-        logits_soft_cap=layer.logits_soft_cap,
-        per_layer_sliding_window=layer.sliding_window,
-        prefix=prefix,
-        **extra,
-    )
+    # Its own tensors are in no checkpoint, so they are made on the engine's device, also
+    # where a factory builds on the meta device.
+    with vllm_config.device_config.device:
+        paged = _paged_attention_cls(layer.causal)(
+            num_heads=layer.num_heads,
+            head_size=layer.head_dim,
+            scale=layer.scale,
+            num_kv_heads=layer.num_kv_heads,
+            cache_config=cache_config,
+            logits_soft_cap=layer.logits_soft_cap,
+            per_layer_sliding_window=layer.sliding_window,
+            prefix=prefix,
+            **extra,
+        )
     backend = paged.attn_backend
     if not backend.supports_head_size(layer.head_dim):
         raise ValueError(

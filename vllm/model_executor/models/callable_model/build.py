@@ -14,6 +14,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.parallel_plan import apply_plans
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.placement import place, unwrap
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.engine.startup_failure import enter_stage, time_limit
 
@@ -53,6 +54,7 @@ def build_module(
             with precision if narrow else nullcontext():
                 module = factory(vllm_config, context, **keywords)
             if isinstance(module, nn.Module):
+                module = unwrap(module)
                 check_same_on_all_ranks(architecture, module, context)
     except Exception as error:
         error.add_note(f"raised by {task}, called with {context}")
@@ -66,4 +68,4 @@ def build_module(
     constants = precision.computed(module) if narrow else []
     module = apply_plans(module, vllm_config, context)
     # A module that was built before, by the caller, may lie elsewhere.
-    return module.to(vllm_config.device_config.device), constants
+    return place(module, vllm_config.device_config.device), constants

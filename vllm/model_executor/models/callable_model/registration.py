@@ -34,7 +34,7 @@ from vllm.transformers_utils.auto_map import AutoMapModel
 from .build import ModelFactory
 from .checks import check_capabilities, check_signature
 from .messages import name_of, unpicklable_part
-from .wrapper import CallableModelWrapper
+from .wrapper import CallableModelWrapper, pooler_of
 
 
 class _CallableRegisteredModel(_BaseRegisteredModel):
@@ -100,7 +100,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         if attributes.get("supports_pp"):
             attributes["make_empty_intermediate_tensors"] = room_for_hidden_states
         if attributes.get("is_pooling_model"):
-            attributes.setdefault("pooler", on_module("pooler"))
+            attributes["pooler"] = property(pooler_of)
             if annotated is None or not hasattr(annotated, "compute_logits"):
                 attributes["compute_logits"] = None
         attributes["_registration"] = self

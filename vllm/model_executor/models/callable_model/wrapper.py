@@ -22,9 +22,10 @@ from vllm.model_executor.layers.trainable_attention.kv_caches import (
     a_kv_cache_for_each_call,
     trainable_layers,
 )
-from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.model_loader.full_checkpoint import readable
 from vllm.model_executor.models.parallel_plan import HIDDEN_STATES
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.load import weights_of
 from vllm.sequence import IntermediateTensors
 from vllm.v1.engine.startup_failure import enter_stage
 
@@ -85,6 +86,7 @@ class CallableModelWrapper(nn.Module):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
+        self._weights = weights_of(module, self._context)
         self._forward_keywords = forward_keywords(arch, module)
         self._stage_input = None
         if not self._context.is_first_stage:
@@ -205,6 +207,7 @@ class CallableModelWrapper(nn.Module):
         Vocabulary-parallel logits are gathered. None on ranks that vLLM's own
         output head leaves without.
         """
+        self._weights.require_whole()
         logits = self._logits(hidden_states)
         if logits is not None and not self._logits_seen:
             self._logits_seen = True
@@ -214,14 +217,8 @@ class CallableModelWrapper(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Load with the module's own `load_weights`, or by name if it has none."""
         enter_stage("loading the weights")
-        if hasattr(self.module, "load_weights"):
-            return self.module.load_weights(weights)
-        return load_full_checkpoint(
-            self.module,
-            weights,
-            self._context,
-            source=self._vllm_config.model_config.model,
-        )
+        source = self._vllm_config.model_config.model
+        return self._weights.load_model(self, readable(weights, source), source)
 
     def process_weights_after_loading(self) -> None:
         """Finish the module's own processing, then try the model on a few tokens.
@@ -229,6 +226,7 @@ class CallableModelWrapper(nn.Module):
         vLLM warms up most configurations later, but not all; a model that cannot
         run must fail here, while it is loaded.
         """
+        self._weights.finish_first_load()
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
         # Leave the first call of compiled parts to vLLM's profiling run.
@@ -305,3 +303,9 @@ class CallableModelWrapper(nn.Module):
 def _is_about_dtypes(error: Exception) -> bool:
     """Whether `error` is what PyTorch raises for operands of two dtypes."""
     return any(word in str(error) for word in ("dtype", "scalar type"))
+
+
+def pooler_of(wrapper: CallableModelWrapper) -> Any:
+    """The module's pooler, which every step of a pooling model asks for."""
+    wrapper._weights.require_whole()
+    return wrapper.module.pooler

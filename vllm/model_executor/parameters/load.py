@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Whole tensors, by name, into the shards of a module: all at first, any part later."""
+
+from __future__ import annotations
+
+import io
+import weakref
+from collections.abc import Collection, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from vllm.distributed import get_ep_group, get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload.layerwise import (
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
+from vllm.model_executor.parameters.hooked import EXTRA_STATE, load_hooked
+from vllm.model_executor.parameters.layout import layout_of
+from vllm.model_executor.parameters.names import (
+    Entry,
+    ModuleNames,
+    without_wrappers,
+)
+from vllm.model_executor.parameters.reload import (
+    finish_repacking,
+    is_loaded_in_place,
+    is_packed,
+    leave_layerwise_reload,
+    packed_layers,
+    repack,
+)
+
+logger = init_logger(__name__)
+
+LISTED = 8
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+_WEIGHTS: WeakKeyDictionary[nn.Module, ModuleWeights] = WeakKeyDictionary()
+
+
+def weights_of(module: nn.Module, context: ParallelContext) -> ModuleWeights:
+    """The weights of `module`, with what is known of earlier loads.
+
+    The first call is made before weights are loaded, and by all pipeline stages and
+    expert-parallel ranks together.
+    """
+    if module not in _WEIGHTS:
+        _WEIGHTS[module] = ModuleWeights(module, context)
+    return _WEIGHTS[module]
+
+
+class ModuleWeights:
+    """What fills a module's tensors, and whether they are of one checkpoint.
+
+    The first load is complete, or an error. Later ones take any part, in any order, in
+    place. What a later load refuses before it has written anything changes nothing;
+    after that, `require_whole` raises until every tensor was loaded anew.
+    """
+
+    def __init__(self, module: nn.Module, context: ParallelContext) -> None:
+        self._module = weakref.ref(module)
+        self._context = context
+        self._names = ModuleNames(module, context)
+        own = {
+            *self._names.entries,
+            *self._names.extra_states,
+            *(name for h in self._names.hooked for name in h.state_names()),
+        }
+        self._elsewhere = _names_of_all_ranks(own, context) - own
+        self._loaded = False
+        # After a load that failed half-way: what failed, and what is to be loaded.
+        self._failure: str | None = None
+        self._stale: list[set[str]] = []
+
+    def finish_first_load(self) -> None:
+        """Later loads may be partial, also after one that was not done here."""
+        self._loaded = True
+
+    def require_whole(self) -> None:
+        """Raise RuntimeError if a failed load left weights of two checkpoints."""
+        if self._failure is not None:
+            raise RuntimeError(
+                "The model's weights are a mixture of old and new ones, because a load "
+                f"failed half-way: {self._failure}. Load all of them, as by "
+                "collective_rpc('reload_weights'), to serve again."
+            )
+
+    @torch.no_grad()
+    def load(self, weights: Weights, source: str, complete: bool = False) -> set[str]:
+        """Fill tensors by name, all of them if it is the first load or `complete`.
+
+        A collection is checked before anything is written. Of another iterable each
+        tensor is checked before it is written, and those before it have been.
+
+        Returns:
+            The names of what was filled, as `state_dict()` and as
+            `named_parameters()` have them.
+
+        Raises:
+            ValueError: a tensor is missing, surplus, mis-shaped, or given twice with
+                different values; the message names every one of a collection.
+
+        """
+        complete |= not self._loaded
+        leave_layerwise_reload(self._get_module())
+        if isinstance(weights, Collection):
+            checks = _Load(self, complete, source)
+            for name, whole in weights:
+                checks.check(name, whole, keep=True)
+            checks.finish_checks()
+        load = _Load(self, complete, source)
+        try:
+            if isinstance(weights, Collection):
+                load.take_hooked(checks)
+            for name, whole in weights:
+                load.take(name, whole)
+            load.finish()
+        except BaseException as error:
+            if self._loaded and load.has_written:
+                self._mark_mixed(error)
+            raise
+        self._loaded = True
+        self._mark_loaded(load.filled)
+        return load.filled
+
+    def load_model(self, model: nn.Module, weights: Weights, source: str) -> Any:
+        """Load into what vLLM serves, by name or by the module's own `load_weights`.
+
+        While vLLM reloads, an iterable that is no collection has to bring everything.
+
+        Args:
+            model: this module, or what stands for it in vLLM.
+            weights: pairs of name and whole tensor.
+            source: where they come from, for messages.
+
+        """
+        own = getattr(self._get_module(), "load_weights", None)
+        reloads = leave_layerwise_reload(model, keep_packed=own is not None)
+        whole = reloads and not isinstance(weights, Collection)
+        if own is None:
+            return self.load(weights, source, complete=whole)
+        packed = [] if reloads or not self._loaded else list(packed_layers(model))
+        try:
+            for layer in packed:
+                initialize_layerwise_reload(layer)
+            loaded = own(weights)
+            for layer in packed:
+                finish_repacking(layer, self._names.numel_of(layer))
+        except BaseException as error:
+            leave_layerwise_reload(model)
+            if self._loaded:
+                self._mark_mixed(error)
+            raise
+        if loaded is not None:
+            self._mark_loaded(set(loaded))
+        elif whole:
+            self._failure = None
+        return loaded
+
+    def _get_module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None, "the module of these weights is gone"
+        return module
+
+    def _mark_mixed(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._stale = [
+                *(e.local_names for e in self._names.unique() if not e.optional),
+                *(hooked.local_names for hooked in self._names.hooked),
+            ]
+        self._failure = f"{type(error).__name__}: {error}"
+
+    def _mark_loaded(self, names: set[str]) -> None:
+        self._stale = [tensor for tensor in self._stale if not tensor & names]
+        if not self._stale:
+            self._failure = None
+
+
+class _Load:
+    """One load: what came, what does not fit, and what was written."""
+
+    def __init__(self, weights: ModuleWeights, complete: bool, source: str) -> None:
+        self._names = weights._names
+        self._elsewhere = weights._elsewhere
+        self._first = not weights._loaded
+        self._complete = complete
+        self._source = source
+        self._context = weights._context
+        self._kind = type(weights._get_module()).__name__
+        # By id of its entry: the name that was used, and the tensor if it is kept.
+        self._given: dict[int, tuple[str, torch.Tensor | None]] = {}
+        self._hooked: dict[str, dict[str, Any]] = {}  # by path
+        self._hooked_done: set[str] = set()
+        self._states: dict[str, Any] = {}
+        # Of packed layers with several tensors, until all have come.
+        self._waiting: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        self._packed: set[nn.Module] = set()
+        self._surplus: list[str] = []
+        self._misshaped: list[str] = []
+        self._conflicts: list[str] = []
+        self.has_written = False
+        self.filled: set[str] = set()
+
+    # ---- Checks
+
+    def check(self, name: str, whole: Any, keep: bool = False) -> Entry | None:
+        """Note what `name` is; the entry that is to be written, if it is one.
+
+        With `keep`, `whole` stays to be compared with others of the same entry.
+        Otherwise what was written is.
+        """
+        names = self._names
+        hooked = None if name in self._elsewhere else names.find_hooked(name)
+        if hooked is not None:
+            if hooked.path not in self._hooked_done:
+                self._hooked.setdefault(hooked.path, {})[name] = whole
+            return None
+        if name.endswith(EXTRA_STATE):
+            if name in names.extra_states:
+                self._states[name] = whole
+            elif not (
+                names.skips_extra_states or name in self._elsewhere or _is_empty(whole)
+            ):
+                self._surplus.append(name)
+            return None
+        if not isinstance(whole, torch.Tensor):
+            self._surplus.append(f"{name} (a {type(whole).__name__}, not a tensor)")
+            return None
+        entry = names.find(name)
+        if entry is None:
+            if not {name, without_wrappers(name)} & self._elsewhere:
+                self._surplus.append(name)
+            return None
+        if name not in names.entries:
+            logger.info_once(
+                "%s has names with parts that a wrapper of the module put in, such as "
+                "_orig_mod. They are read without.",
+                self._source,
+            )
+        if whole.shape != entry.layout.shape:
+            expected = list(entry.layout.shape)
+            self._misshaped.append(f"{name} {list(whole.shape)}, expected {expected}")
+            self._given.setdefault(id(entry), (name, None))
+            return None
+        if id(entry) in self._given:
+            self._compare(entry, name, whole)
+            return None
+        self._given[id(entry)] = (name, whole if keep else None)
+        for place in entry.places:
+            if is_packed(place.owner) and not is_loaded_in_place(*place.at):
+                self._packed.add(place.owner)
+        return entry
+
+    def _compare(self, entry: Entry, name: str, whole: torch.Tensor) -> None:
+        """Of names that share one tensor, all have to bring the same."""
+        first, kept = self._given[id(entry)]
+        if kept is not None:
+            same = _same(kept, whole)
+        else:
+            layout = entry.layout
+            same = all(
+                layout.holds(local, whole)
+                for place in entry.places
+                if (local := place.local_tensor) is not None
+                and local.shape == layout.local_shape
+                and not local.is_meta
+            )
+        if not same:
+            self._conflicts.append(f"{first} and {name}")
+
+    def finish_checks(self) -> None:
+        """Raise ValueError that names all that does not fit."""
+        names = self._names
+        missing = []
+        if self._complete:
+            missing = [
+                name
+                for entry in names.unique()
+                if id(entry) not in self._given and not entry.optional
+                for name in entry.state_names
+            ]
+            missing += names.extra_states.keys() - self._states.keys()
+            for hooked in names.hooked:
+                if hooked.path not in self._hooked.keys() | self._hooked_done:
+                    missing += hooked.state_names()
+        problems = {
+            "missing": sorted(missing),
+            "surplus": self._surplus,
+            "mis-shaped": self._misshaped,
+            "different tensors for one parameter": self._conflicts,
+        }
+        found = "; ".join(
+            f"{len(names)} {problem}: {_listed(names)}"
+            for problem, names in problems.items()
+            if names
+        )
+        if found:
+            raise ValueError(
+                f"{self._source} does not fit {self._kind}: {found}. Save the full, "
+                "unsharded state dict of the same module, or give the module a "
+                "load_weights(weights) method that maps the names."
+            )
+        for hooked in names.hooked:
+            if hooked.path in self._hooked and hooked.refusal is not None:
+                raise ValueError(hooked.refusal)
+        self._require_whole_layers()
+
+    def _require_whole_layers(self) -> None:
+        """Raise ValueError if only a part came of what a layer packed together."""
+        for owner in [] if self._first else self._packed:
+            names = self._names.packed_together(owner)
+            came = [e.name for e in names.values() if id(e) in self._given]
+            missing = [e.name for e in names.values() if id(e) not in self._given]
+            if missing:
+                raise ValueError(
+                    f"{_listed(came)} came without {_listed(missing)}, but vLLM has "
+                    f"packed them into one {type(owner).__name__}. Load them in one "
+                    "call."
+                )
+
+    # ---- Writing
+
+    def take(self, name: str, whole: Any) -> None:
+        """Check and write."""
+        entry = self.check(name, whole)
+        if not self._first and (self._surplus or self._misshaped or self._conflicts):
+            self._complete = False  # what is missing is not known yet
+            self.finish_checks()
+        if entry is not None:
+            self._write(entry, whole)
+
+    def take_hooked(self, checks: _Load) -> None:
+        """Write first what only its own `load_state_dict` can check."""
+        self._hooked = checks._hooked
+        self._write_hooked()
+
+    def finish(self) -> None:
+        """Write what had to wait until all had come."""
+        self.finish_checks()
+        self._write_hooked()
+        for name, value in self._states.items():
+            part = self._names.extra_states[name]()
+            assert part is not None
+            self.has_written = True
+            part.set_extra_state(value)
+
+    def _write_hooked(self) -> None:
+        for hooked in self._names.hooked:
+            state = self._hooked.pop(hooked.path, None)
+            if state is not None:
+                load_hooked(hooked, state, self._kind, self._source)
+                self.has_written = True
+                self._hooked_done.add(hooked.path)
+                self.filled |= hooked.local_names
+
+    def _write(self, entry: Entry, whole: torch.Tensor) -> None:
+        written: set[int] = set()
+        for place in entry.places:
+            owner, leaf = place.at
+            packed = not self._first and is_packed(owner)
+            if packed and not is_loaded_in_place(owner, leaf):
+                self._write_packed(owner, leaf, whole)
+                continue
+            tensor, local = place.tensor, place.local_tensor
+            if tensor is None or local is None:
+                raise ValueError(
+                    f"{entry.name} cannot be loaded again: vLLM's "
+                    f"{type(owner).__name__} keeps it in another form. Leave it out."
+                )
+            if id(tensor) in written:
+                continue
+            written.add(id(tensor))
+            if local.shape != entry.layout.local_shape:  # divided since
+                entry.layout = layout_of(tensor, owner, self._context)
+            self.has_written = True
+            if hasattr(tensor, "weight_loader") and not isinstance(tensor, DTensor):
+                tensor.weight_loader(tensor, whole)
+            else:
+                entry.layout.load(local, whole)
+        self.filled |= entry.local_names
+
+    def _write_packed(self, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
+        leaves = self._names.packed_together(owner).keys()
+        waiting = self._waiting.setdefault(owner, {})
+        # A copy, because the next tensor may come in the same buffer.
+        waiting[leaf] = whole.clone() if len(leaves) > 1 else whole
+        if waiting.keys() == leaves:
+            self.has_written = True
+            repack(owner, self._waiting.pop(owner))
+
+
+def _names_of_all_ranks(names: set[str], context: ParallelContext) -> set[str]:
+    """`names` and those of the other pipeline stages and expert-parallel ranks."""
+    groups = []
+    if context.pipeline_parallel_size > 1:
+        groups.append(get_pp_group())
+    if context.expert_parallel_size > 1:
+        groups.append(get_ep_group())
+    for group in groups:
+        texts = all_gather_text("\n".join(sorted(names)), group.cpu_group)
+        names = {name for text in texts for name in text.split("\n")}
+    return names
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether both have the same bits."""
+    if first.dtype != second.dtype:
+        return False
+    first, second = first.reshape(-1), second.to(first.device).reshape(-1)
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, io.BytesIO):
+        return value.getbuffer().nbytes == 0
+    return value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

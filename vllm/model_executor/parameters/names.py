@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The tensors that a checkpoint of a module holds, and every name that each goes by.
+
+A tensor may have several names: tied weights have one for each place, and wrappers, as
+for activation checkpointing, give it one in `state_dict()` and another in
+`named_parameters()`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.hooked import (
+    EXTRA_STATE,
+    Hooked,
+    find_hooked,
+    library_of,
+    tensors_of,
+)
+from vllm.model_executor.parameters.layout import Layout, layout_of
+from vllm.model_executor.parameters.reload import is_loaded_in_place
+
+# Parts of names that torch.compile, FSDP, activation checkpointing and DDP put in.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+# Their extra state belongs to FP8 training, and is unpickled by `set_extra_state`.
+FP8_LIBRARIES = {"megatron", "transformer_engine"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: an attribute of a module, which may be replaced by another.
+
+    vLLM replaces a layer's parameters when it packs or quantizes them.
+    """
+
+    _owner: weakref.ref[nn.Module]
+    leaf: str
+
+    @property
+    def owner(self) -> nn.Module:
+        owner = self._owner()
+        assert owner is not None, "a layer was removed from its model"
+        return owner
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """What lies there now."""
+        owner = self.owner
+        tensor = owner._parameters.get(self.leaf)
+        return owner._buffers.get(self.leaf) if tensor is None else tensor
+
+    @property
+    def local_tensor(self) -> torch.Tensor | None:
+        """This rank's part of it."""
+        tensor = self.tensor
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    @property
+    def at(self) -> tuple[nn.Module, str]:
+        return self.owner, self.leaf
+
+
+@dataclass
+class Entry:
+    """One tensor of a module, as a checkpoint holds it.
+
+    Args:
+        layout: The whole, and this rank's part of it.
+        places: More than one if it is tied.
+        names: All names a checkpoint may use.
+        state_names: Those that the whole model's state dict has.
+        local_names: The module's own names for it.
+        optional: Whether a checkpoint may lack it.
+
+    """
+
+    layout: Layout
+    places: list[Place] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    state_names: list[str] = field(default_factory=list)
+    local_names: set[str] = field(default_factory=set)
+    optional: bool = True
+
+    @property
+    def name(self) -> str:
+        return min(self.state_names or self.names)
+
+
+class ModuleNames:
+    """What a checkpoint of `module` has to hold, by name.
+
+    `entries` are tensors, by every name; `hooked` are submodules; `extra_states` are
+    modules with a `set_extra_state` of their own, by the name of that.
+    """
+
+    def __init__(self, module: nn.Module, context: ParallelContext) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.extra_states: dict[str, weakref.ref[nn.Module]] = {}
+        self.skips_extra_states = False
+        full_name = _full_names(module)
+        state = module.state_dict(keep_vars=True)
+        self.hooked = list(find_hooked(module, state, full_name, context))
+
+        inside = tuple(f"{h.path}." if h.path else "" for h in self.hooked)
+        by_tensor: dict[object, Entry] = {}
+        by_id: dict[int, Entry] = {}
+        for path, owner, leaf, tensor in tensors_of(module):
+            local_name = f"{path}.{leaf}" if path else leaf
+            if local_name.startswith(inside):
+                continue
+            entry = by_tensor.get(_identity(tensor))
+            if entry is None:
+                layout = layout_of(tensor, owner, context)
+                entry = Entry(layout)
+                by_tensor[_identity(tensor)] = entry
+            by_id[id(tensor)] = entry
+            place = Place(weakref.ref(owner), leaf)
+            if place not in entry.places:
+                entry.places.append(place)
+            entry.optional &= _optional(owner, leaf, tensor)
+            entry.local_names.add(local_name)
+            entry.names.add(full_name(local_name, tensor))
+        for name, tensor in state.items():
+            entry = by_id.get(id(tensor))
+            if entry is None:
+                continue
+            entry.local_names.add(name)
+            entry.state_names.append(full_name(name, tensor))
+        for entry in by_tensor.values():
+            entry.names.update(entry.state_names)
+            entry.optional |= not entry.state_names
+            for name in sorted(entry.names):
+                self.entries[name] = entry
+        self._by_plain_name: dict[str, list[Entry]] = {}
+        for entry in by_tensor.values():
+            for name in {without_wrappers(name) for name in entry.names}:
+                self._by_plain_name.setdefault(name, []).append(entry)
+
+        self._leaves: WeakKeyDictionary[nn.Module, dict[str, Entry]]
+        self._leaves = WeakKeyDictionary()
+        for entry in by_tensor.values():
+            for place in () if entry.optional else entry.places:
+                self._leaves.setdefault(place.owner, {})[place.leaf] = entry
+
+        for path, part in module.named_modules():
+            if type(part).get_extra_state is nn.Module.get_extra_state:
+                continue
+            local_name = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+            if library_of(type(part).get_extra_state) in FP8_LIBRARIES:
+                self.skips_extra_states = True
+            elif not local_name.startswith(inside):
+                name = full_name(local_name, None)
+                self.extra_states[name] = weakref.ref(part)
+
+    def find(self, name: str) -> Entry | None:
+        """The tensor that a checkpoint calls `name`, with or without wrappers' parts.
+
+        Raises:
+            ValueError: without them, several tensors have that name.
+
+        """
+        if name in self.entries:
+            return self.entries[name]
+        found = self._by_plain_name.get(without_wrappers(name), [])
+        if len(found) > 1:
+            raise ValueError(
+                f"{name} may be {' or '.join(sorted(e.name for e in found))}. Save the "
+                "checkpoint under the module's own names."
+            )
+        return found[0] if found else None
+
+    def find_hooked(self, name: str) -> Hooked | None:
+        return next((h for h in self.hooked if name.startswith(h.prefix)), None)
+
+    def packed_together(self, layer: nn.Module) -> dict[str, Entry]:
+        """By attribute, what a layer that packs its weights has to get in one load."""
+        return {
+            leaf: entry
+            for leaf, entry in self._leaves.get(layer, {}).items()
+            if not is_loaded_in_place(layer, leaf)
+        }
+
+    def numel_of(self, layer: nn.Module) -> int:
+        """How many elements of checkpoints that is, without padding."""
+        entries = self.packed_together(layer).values()
+        return sum(box.numel() for entry in entries for box in entry.layout.boxes)
+
+    def unique(self) -> list[Entry]:
+        """The entries, each once."""
+        return list({id(entry): entry for entry in self.entries.values()}.values())
+
+
+def is_vllm_layer(part: nn.Module) -> bool:
+    return any(
+        library_of(cls) == "vllm" and issubclass(cls, nn.Module)
+        for cls in type(part).__mro__
+    )
+
+
+def _optional(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> bool:
+    """Whether vLLM's layer made `tensor` for itself: a buffer, or a KV-cache scale."""
+    if not is_vllm_layer(owner):
+        return False
+    if isinstance(getattr(owner, "quant_method", None), BaseKVCacheMethod):
+        return True
+    return leaf in owner._buffers
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """The same for tensors that are one: tied, or with one storage."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if local.is_meta or local.numel() == 0:
+        return id(tensor)
+    return local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape
+
+
+def without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+# ---- Names in the whole model --------------------------------------------------------
+
+
+def _full_names(
+    module: nn.Module,
+) -> Callable[[str, torch.Tensor | None], str]:
+    """What turns a name in `module` into that in the whole model.
+
+    Only megatron-core's modules have others. It numbers from 0 the layers of a
+    pipeline stage, though each knows its place, and the experts of a rank; and the
+    last stage's output layer may be a copy of the first stage's embedding. Renamed as
+    in megatron-core's own `sharded_state_dict`.
+    """
+    megatron = sys.modules.get("megatron.core.transformer.module")
+    places: dict[str, int] = {}  # by path, of a module in its list
+    for path, part in module.named_modules() if megatron is not None else ():
+        if not isinstance(part, megatron.MegatronModule):
+            continue
+        number = getattr(part, "layer_number", None)  # counts from 1
+        if path.rpartition(".")[2].isdecimal() and isinstance(number, int):
+            places[path] = number - 1
+        experts = getattr(part, "local_experts", ())
+        for index in range(len(experts)):
+            place = part.ep_group.rank() * len(experts) + index
+            places[f"{path}.local_experts.{index}"] = place
+
+    def full_name(name: str, tensor: torch.Tensor | None) -> str:
+        if getattr(tensor, "shared", False):  # Megatron's mark of such a copy
+            stem = name.removesuffix("output_layer.weight")
+            return f"{stem}embedding.word_embeddings.weight"
+        if not places:
+            return name
+        paths = itertools.accumulate(name.split("."), "{}.{}".format)
+        return ".".join(str(places.get(p, p.rpartition(".")[2])) for p in paths)
+
+    return full_name

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""New weights for vLLM's layers that have packed or quantized theirs.
+
+vLLM's layerwise reload (`vllm.model_executor.model_loader.reload`) makes a layer's
+tensors anew as they were before they were packed, loads and packs them, and copies the
+result to where a CUDA graph expects it. It takes all layers of a model at once, and
+leaves those of which nothing came through a `weight_loader` as they were. Here it is
+used for single layers, of which everything has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+
+def leave_layerwise_reload(model: nn.Module, keep_packed: bool = False) -> bool:
+    """Put every layer's own tensors back, which a layerwise reload took away.
+
+    Args:
+        model: What vLLM reloads.
+        keep_packed: Leave the layers to the reload that vLLM has to pack again.
+
+    Returns:
+        Whether a reload was under way.
+
+    """
+    under_way = False
+    for layer in model.modules():
+        if get_layerwise_info(layer).kernel_tensors is None:
+            continue
+        under_way = True
+        packs = isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
+        if not keep_packed or not (packs or isinstance(layer, AttentionLayerBase)):
+            _put_back(layer)
+    return under_way
+
+
+def _put_back(layer: nn.Module) -> None:
+    info = get_layerwise_info(layer)
+    assert info.kernel_tensors is not None
+    for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
+        if tensor is not None:
+            delattr(layer, name)
+    parameters, buffers = info.kernel_tensors
+    for name, parameter in parameters.items():
+        layer.register_parameter(name, parameter)
+    for name, buffer in buffers.items():
+        persistent = name not in info.kernel_non_persistent_buffers
+        layer.register_buffer(name, buffer, persistent=persistent)
+    info.reset()
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether vLLM computes with something else than the weights that were loaded.
+
+    To be asked of layers that were loaded. On a CPU, `cpu_linear` comes with packing.
+    """
+    method = getattr(layer, "quant_method", None)
+    if not isinstance(method, QuantizeMethodBase):
+        return False
+    return hasattr(layer, "cpu_linear") or not _is_unquantized(layer)
+
+
+def packed_layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (layer for layer in model.modules() if is_packed(layer))
+
+
+def is_loaded_in_place(layer: nn.Module, leaf: str) -> bool:
+    """Whether `leaf` of a packed layer is used as it was loaded."""
+    return leaf == "bias" and _is_unquantized(layer)
+
+
+def _is_unquantized(layer: nn.Module) -> bool:
+    methods = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    return isinstance(getattr(layer, "quant_method", None), methods)
+
+
+def repack(layer: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
+    """Load whole tensors by their attributes' names into a packed layer.
+
+    They are all of the layer's but for those that are loaded in place, which stay.
+    """
+    initialize_layerwise_reload(layer)
+    parameters, _ = get_layerwise_info(layer).kernel_tensors or ({}, {})
+    for leaf, parameter in parameters.items():
+        if leaf not in whole and is_loaded_in_place(layer, leaf):
+            layer._parameters[leaf] = parameter
+    try:
+        for leaf, tensor in whole.items():
+            parameter = getattr(layer, leaf)
+            parameter.weight_loader(parameter, tensor)
+        finalize_layerwise_reload(layer, None)
+    finally:
+        leave_layerwise_reload(layer)
+
+
+def finish_repacking(layer: nn.Module, numel: int) -> None:
+    """End the reload of a packed layer, of which everything has come, or nothing.
+
+    Args:
+        layer: `initialize_layerwise_reload` was called of it.
+        numel: elements that make it whole, without those that are loaded in place.
+
+    Raises:
+        ValueError: only a part has come; the layer is as it was.
+
+    """
+    info = get_layerwise_info(layer)
+    if not info.can_load():  # packed when its last tensor came
+        return
+    parameters, _ = info.kernel_tensors or ({}, {})
+    came = info.loaded_weights
+    aside = {
+        leaf: parameter
+        for leaf, parameter in parameters.items()
+        if is_loaded_in_place(layer, leaf)
+    }
+    packed = info.load_numel - sum(aside[n].numel() for n, _ in came if n in aside)
+    if packed >= numel > 0:
+        for leaf in aside.keys() - {name for name, _ in came}:
+            layer._parameters[leaf] = parameters[leaf]
+        finalize_layerwise_reload(layer, None)
+        return
+    _put_back(layer)
+    if packed > 0:
+        raise ValueError(
+            f"{packed} of {numel} elements came for a {type(layer).__name__} that vLLM "
+            "has packed. Load all of a layer's tensors in one call."
+        )
+    for name, arguments in came:
+        parameter = arguments.arguments["param"] = getattr(layer, name)
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        loader(*arguments.args, **arguments.kwargs)
