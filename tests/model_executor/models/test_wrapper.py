@@ -185,7 +185,16 @@ def test_keys_that_vllm_reads(key, value, message):
     )
     model_config = SimpleNamespace(hf_config=config, hf_text_config=config)
     with pytest.raises(ValueError, match=message):
-        check_config(model_config)
+        check_config(model_config, generates=True)
+
+
+def test_a_pooling_model_needs_no_vocabulary():
+    config = SimpleNamespace(architectures=["M"], hidden_size=4)
+    model_config = SimpleNamespace(hf_config=config, hf_text_config=config)
+    check_config(model_config, generates=False)
+    config.hidden_size = None
+    with pytest.raises(ValueError, match="has hidden_size: None"):
+        check_config(model_config, generates=False)
 
 
 # ---- The first call ----------------------------------------------------------------

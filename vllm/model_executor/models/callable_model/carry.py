@@ -56,8 +56,10 @@ def registrations_for(model_config: ModelConfig) -> dict[str, _BaseRegisteredMod
             arch: _CallableRegisteredModel(arch, own, {"supports_pp": True})
             for arch in architectures
         }
+    for model in carried.values():
+        if isinstance(model, _CallableRegisteredModel):
+            check_config(model_config, generates=not model.is_pooling_model)
     if carried:
-        check_config(model_config)
         _forget_resolved_classes()
     return carried
 

@@ -103,11 +103,14 @@ CONFIG_KEYS = {
     "num_hidden_layers": "the number of layers that pipeline stages divide",
     "max_position_embeddings": "the longest sequence",
 }
-REQUIRED_KEYS = ("vocab_size",)
 
 
-def check_config(model_config: ModelConfig) -> None:
+def check_config(model_config: ModelConfig, generates: bool) -> None:
     """Check the values that vLLM reads of a registered model's config.
+
+    Args:
+        model_config: of any model that a callable builds.
+        generates: whether the model has logits, and thus needs a `vocab_size`.
 
     Raises:
         ValueError: one is missing, or is not a number that vLLM can use.
@@ -115,10 +118,11 @@ def check_config(model_config: ModelConfig) -> None:
     """
     config = model_config.hf_text_config
     for key, use in CONFIG_KEYS.items():
-        if not hasattr(config, key) and key not in REQUIRED_KEYS:
+        required = generates and key == "vocab_size"
+        if not hasattr(config, key) and not required:
             continue
         value = getattr(config, key, None)
-        least = 1 if key in REQUIRED_KEYS else 0
+        least = 1 if required else 0
         if not isinstance(value, int) or value < least:
             has = f"has {key}: {value!r}" if hasattr(config, key) else f"has no {key}"
             names = ", ".join(model_config.hf_config.architectures or ())

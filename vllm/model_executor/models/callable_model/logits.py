@@ -58,10 +58,11 @@ def logits_function(
             logits = logits[0]
         if logits is None:
             return None
-        width = logits.shape[-1]
-        if logits.dim() == 2 and width < vocab_size and is_divided(width):
-            # [tokens, vocab / TP] -> [tokens, vocab]
-            logits = tensor_model_parallel_all_gather(logits)
+        if logits.dim() == 2:
+            width = logits.shape[1]
+            if width < vocab_size and is_divided(width):
+                # [tokens, vocab / TP] -> [tokens, vocab]
+                logits = tensor_model_parallel_all_gather(logits)
         tokens = hidden_states.shape[0]
         fits = logits.dim() == 2 and logits.shape[0] == tokens
         if not fits or logits.shape[1] < vocab_size:

@@ -32,6 +32,7 @@ from vllm.v1.engine.startup_failure import enter_stage
 from .build import build_module
 from .checks import (
     FORWARD,
+    check_config,
     check_quantization,
     check_takes_embeddings,
     forward_keywords,
@@ -92,6 +93,8 @@ class CallableModelWrapper(nn.Module):
         if not self._context.is_first_stage:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
         if self._context.is_last_stage and not self._registration.is_pooling_model:
+            if self._vocab_size < 1:  # of a "module:callable", known only now
+                check_config(vllm_config.model_config, generates=True)
             self._logits = logits_function(
                 arch, module, self._vocab_size, self._context.tensor_parallel_size
             )
