@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -27,6 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 # To count GPUs without a CUDA context, after which nothing can be forked.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+# Compiled code of this run alone: what a cache holds would decide which path is tested.
+CACHES = tempfile.TemporaryDirectory(prefix="vllm-tests-")
+os.environ["VLLM_CACHE_ROOT"] = f"{CACHES.name}/vllm"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{CACHES.name}/inductor"
+# Tables and messages are as wide, and as plain, on every terminal.
+os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
+os.environ.pop("FORCE_COLOR", None)
 
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)  # tiny_model, also in processes that unpickle it

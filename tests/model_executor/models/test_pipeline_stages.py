@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from vllm.config import CompilationMode, ParallelConfig
 from vllm.distributed import parallel_state
-from vllm.model_executor.layers.trainable_attention import _layer_index
+from vllm.model_executor.layers.trainable_attention.paged import _layer_index
 from vllm.model_executor.models.callable_model import _CallableRegisteredModel
 from vllm.model_executor.models.interfaces import supports_pp
 from vllm.sequence import IntermediateTensors

@@ -138,7 +138,7 @@ class TrainableAttention(nn.Module):
             del context.static_forward_context[prefix]
             self.paged = build_paged_attention(self, prefix)
 
-    def add_kv_caches(self, calls: int) -> None:
+    def _add_kv_caches(self, calls: int) -> None:
         """Have a KV cache for each of the `calls` that one forward makes of this layer.
 
         While the engine loads the model, which allocates the caches afterwards.
@@ -155,7 +155,7 @@ class TrainableAttention(nn.Module):
         if later:
             self.paged_later = nn.ModuleList(later)
 
-    def in_engine_step(self) -> bool:
+    def _in_engine_step(self) -> bool:
         """Whether a call now is one of an engine, and not a trainer's."""
         if self.steps_are_marked or self.paged is None:
             return current_step() is not None
@@ -217,7 +217,7 @@ class TrainableAttention(nn.Module):
                 f"[batch, seq], got shapes {list(query.shape)}, {list(key.shape)} and "
                 f"{list(value.shape)}."
             )
-        if self.in_engine_step():
+        if self._in_engine_step():
             out = self._attend_paged(q, k, v, cu_seqlens, attention_mask)
         else:
             q, k, v = self._match_dtypes(q, k, v)

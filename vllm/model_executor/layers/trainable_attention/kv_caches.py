@@ -69,7 +69,7 @@ def a_kv_cache_for_each_call(model: nn.Module, calls: AttentionCalls) -> Iterato
         calls.counts = {}
     for layer in layers.values():
         assert layer.paged is not None
-        layer.add_kv_caches(calls.counts.get(layer.paged.layer_name, 1))
+        layer._add_kv_caches(calls.counts.get(layer.paged.layer_name, 1))
 
 
 @contextmanager
