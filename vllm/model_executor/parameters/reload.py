@@ -171,3 +171,10 @@ def finish_repacking(layer: nn.Module, numel: int) -> None:
         parameter = arguments.arguments["param"] = getattr(layer, name)
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         loader(*arguments.args, **arguments.kwargs)
+
+
+def repack_tied(layer: nn.Module) -> None:
+    """Pack the weight of an output head anew, which may be that of an embedding."""
+    method = getattr(layer, "quant_method", None)
+    if isinstance(method, UnquantizedEmbeddingMethod):
+        method.process_weights_after_loading(layer)
