@@ -262,7 +262,9 @@ class TestHooks:
     def test_what_is_missing_is_named(self):
         weights = self.weights()
         del weights["f.norm.bias"]
-        with pytest.raises(ValueError, match="(?s)f, whose state dict has hooks.*norm.bias"):
+        with pytest.raises(
+            ValueError, match="(?s)f, whose state dict has hooks.*norm.bias"
+        ):
             load(self.build(), weights)
         only_out = {n: t for n, t in weights.items() if n.startswith("out")}
         with pytest.raises(ValueError, match="4 missing: f.a, f.b, f.norm.bias"):

@@ -34,6 +34,7 @@ from vllm.model_executor.parameters.reload import (
     leave_layerwise_reload,
     packed_layers,
     repack,
+    repack_tied,
 )
 
 logger = init_logger(__name__)
@@ -152,6 +153,8 @@ class ModuleWeights:
             loaded = own(weights)
             for layer in packed:
                 finish_repacking(layer, self._names.numel_of(layer))
+            for layer in packed:
+                repack_tied(layer)
         except BaseException as error:
             leave_layerwise_reload(model)
             if self._loaded:

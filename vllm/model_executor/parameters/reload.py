@@ -29,6 +29,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+# The name of what a layerwise reload wraps around weight loaders.
+RELOADING = "online_process_loader"
+
 
 def leave_layerwise_reload(model: nn.Module, keep_packed: bool = False) -> bool:
     """Put every layer's own tensors back, which a layerwise reload took away.
@@ -43,12 +46,15 @@ def leave_layerwise_reload(model: nn.Module, keep_packed: bool = False) -> bool:
     """
     under_way = False
     for layer in model.modules():
-        if get_layerwise_info(layer).kernel_tensors is None:
-            continue
-        under_way = True
-        packs = isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
-        if not keep_packed or not (packs or isinstance(layer, AttentionLayerBase)):
+        info = get_layerwise_info(layer)
+        if info.kernel_tensors is not None:
+            under_way = True
+            packs = isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
+            if keep_packed and (packs or isinstance(layer, AttentionLayerBase)):
+                continue
             _put_back(layer)
+        if not info.can_load():
+            _unwrap_loaders(layer)
     return under_way
 
 
@@ -65,6 +71,23 @@ def _put_back(layer: nn.Module) -> None:
         persistent = name not in info.kernel_non_persistent_buffers
         layer.register_buffer(name, buffer, persistent=persistent)
     info.reset()
+
+
+def _unwrap_loaders(layer: nn.Module) -> None:
+    """Take off what a reload puts on the tensors it leaves in place, such as biases.
+
+    Outside a reload it ignores what it is called with.
+    """
+    for tensor in [*layer._parameters.values(), *layer._buffers.values()]:
+        loader = getattr(tensor, "weight_loader", None)
+        if getattr(loader, "__name__", None) != RELOADING:
+            continue
+        while loader.__name__ == RELOADING:
+            loader = loader.__wrapped__
+        if loader is default_weight_loader:
+            del tensor.weight_loader
+        else:
+            tensor.weight_loader = loader
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -148,3 +171,10 @@ def finish_repacking(layer: nn.Module, numel: int) -> None:
         parameter = arguments.arguments["param"] = getattr(layer, name)
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         loader(*arguments.args, **arguments.kwargs)
+
+
+def repack_tied(layer: nn.Module) -> None:
+    """Pack the weight of an output head anew, which may be that of an embedding."""
+    method = getattr(layer, "quant_method", None)
+    if isinstance(method, UnquantizedEmbeddingMethod):
+        method.process_weights_after_loading(layer)
