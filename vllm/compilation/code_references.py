@@ -67,12 +67,12 @@ def names_read(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
         elif instruction.opname == "IMPORT_NAME":
             level = instructions[index - 2].argval
             module = f"import {'.' * level}{instruction.argval}"
-            names.append((module,))
-            taken = takewhile(lambda i: not i.opname.startswith("POP"), following)
+            rest = takewhile(lambda i: not i.opname.startswith("POP"), following)
+            taken = [i.argval for i in rest if i.opname == "IMPORT_FROM"]
             if following and following[0].opname == "IMPORT_FROM":
-                names.pop()
-                taken = (i for i in taken if i.opname == "IMPORT_FROM")
-                names += [(module, i.argval) for i in taken]
+                names += [(module, name) for name in taken]
+            else:
+                names.append((module,))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names += names_read(constant)

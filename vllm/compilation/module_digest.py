@@ -333,7 +333,8 @@ class _Writer:
     def _function(self, function: types.FunctionType) -> None:
         # By its variables, because a decorator takes over the name of what it wraps.
         home = function.__globals__.get("__name__") or ""
-        code, names = function.__code__, ()
+        code = function.__code__
+        names: tuple[tuple[str, ...], ...] = ()
         # If not, it was made by a call, and differs from its like by its closure.
         found = find_by_name(function.__module__, function.__qualname__) is function
         if is_fixed(home):
@@ -440,7 +441,7 @@ class _Writer:
         self.tag("tensor", tensor.dtype, tensor.device, tensor.requires_grad)
         self.write(type(tensor))
         self._mapping_of_names(vars(tensor))
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             return
         if is_traceable_wrapper_subclass(tensor):
             names, context = tensor.__tensor_flatten__()
@@ -487,7 +488,7 @@ class _Writer:
         elif isinstance(value, set | frozenset):
             self._set(frozenset(value))
         elif isinstance(value, bool | int | float | complex | str | bytes | bytearray):
-            base = next(c for c in kind.__mro__ if c in (*ATOMS, bytearray))
+            base: Any = next(c for c in kind.__mro__ if c in (*ATOMS, bytearray))
             self.tag(base.__name__, base.__repr__(value))
         elif _has_hidden_state(kind, len(slots)):
             self._pickled(value)
@@ -500,11 +501,10 @@ class _Writer:
             return self.unknown(value, f"({error})")
         if isinstance(reduced, str):
             return self.tag("global", reduced)
-        make, arguments, *rest = reduced
-        state, *iterators = *rest, None, None, None
-        self._parts("pickled", make, arguments, state)
-        for iterator in iterators[:2]:
-            self._sequence(iterator or ())
+        # The callable, its arguments, the state; then what a list and a dict contain.
+        self._parts("pickled", *reduced[:3])
+        for items in reduced[3:5]:
+            self._sequence(items or ())
 
 
 def _name(kind: Any) -> str:
