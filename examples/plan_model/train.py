@@ -3,7 +3,7 @@
 """Train the plain model of `modeling_plan.py` into a directory that vLLM serves.
 
     python examples/plan_model/train.py --output-dir build/plan_model
-    python -m vllm.model_executor.model_loader.link_checkpoint build/plan_model
+    python -m vllm.entrypoints.link_checkpoint build/plan_model
     vllm serve build/plan_model --trust-remote-code \
         --tensor-parallel-size 2 --pipeline-parallel-size 2
 

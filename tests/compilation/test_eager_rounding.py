@@ -13,6 +13,7 @@ from vllm.compilation.eager_rounding import (
     EagerRoundingPass,
     functions_of_equal_bits,
     options_for,
+    same_bits,
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -77,6 +78,18 @@ def test_functions_are_tried_on_all_values(device) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert {"relu", "gelu_tanh"} <= functions_of_equal_bits(dtype, device)
     assert functions_of_equal_bits(torch.float32, device) == frozenset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_are_compared_and_not_values(dtype) -> None:
+    def bits(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int16).view(dtype)
+
+    assert same_bits(bits(0, 0x7FFF), bits(0, 0x7FF1))  # NaNs
+    assert same_bits(bits(0x7FFF), bits(-1))
+    assert not same_bits(bits(0), bits(-(2**15)))  # 0.0 and -0.0
+    assert not same_bits(bits(0x3C00), bits(0x3C01))
+    assert not same_bits(bits(0x7FFF), bits(0))
 
 
 def marked(function: Any, *arguments: torch.Tensor) -> set[str]:

@@ -1,25 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 import logging
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_model import TinyModel, greedy, trained_model
 from torch import nn
-from torch._inductor.utils import run_and_get_code
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.compilation.backends import split_graph
 from vllm.compilation.piecewise_backend import get_fake_args_from_graph
-from vllm.compilation.registered_model import (
-    SeparateResidualPass,
-    add_to_compile_hash,
-)
 from vllm.model_executor.parallel_context import ParallelContext
 
 X = torch.ones(4, 2)
@@ -32,13 +23,6 @@ def registry(monkeypatch):
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
 
 
-def digest(module: nn.Module) -> str:
-    config = SimpleNamespace(additional_config={"user": 1})
-    add_to_compile_hash(module, config)
-    assert config.additional_config["user"] == 1
-    return config.additional_config["registered_module"]
-
-
 class Scaled(TinyModel):
     """Its forward depends on a plain attribute."""
 
@@ -48,71 +32,6 @@ class Scaled(TinyModel):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return super().forward(input_ids, positions) * self.scale
-
-
-def with_closure(value: float) -> nn.Module:
-    module = nn.Identity()
-    module.function = lambda x: x * value
-    return module
-
-
-def test_a_sum_with_the_residual_is_no_part_of_the_product() -> None:
-    down, biased = nn.Linear(8, 16, bias=False), nn.Linear(8, 16)
-    norm = nn.RMSNorm(16)
-
-    def layer(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = x + down(y)
-        return x, norm(x), norm(biased(y))
-
-    def compile_with(**options: SeparateResidualPass) -> tuple:
-        torch._dynamo.reset()
-        options["fx_graph_cache"] = False
-        compiled = torch.compile(layer, options=options)
-        with torch.no_grad():
-            return run_and_get_code(compiled, torch.ones(4, 16), torch.ones(4, 8))
-
-    _, (code,) = compile_with()
-    assert code.count("extern_kernels.addmm(") == 2
-    outputs, (code,) = compile_with(post_grad_custom_post_pass=SeparateResidualPass())
-    assert code.count("extern_kernels.addmm(") == 1  # with the bias
-    for x, y in zip(outputs, layer(torch.ones(4, 16), torch.ones(4, 8)), strict=True):
-        torch.testing.assert_close(x, y)
-
-
-def test_equal_modules_share_compiled_code() -> None:
-    assert digest(Scaled(1.0)) == digest(Scaled(1.0))
-    assert digest(with_closure(1.0)) == digest(with_closure(1.0))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [Scaled(2.0), TinyModel(), Scaled(1.0).double(), nn.Sequential(Scaled(1.0))],
-    ids=["attribute", "class", "dtype", "structure"],
-)
-def test_other_modules_do_not(other: nn.Module) -> None:
-    assert digest(other) != digest(Scaled(1.0))
-
-
-def test_variables_of_a_function_count() -> None:
-    assert digest(with_closure(1.0)) != digest(with_closure(2.0))
-
-
-def test_the_digest_is_the_same_in_every_process() -> None:
-    program = (
-        "from test_registered_model import Scaled, digest; print(digest(Scaled(1.0)))"
-    )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=Path(__file__).parent,
-            env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": seed},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(printed) == 1 and len(printed.pop()) == 65
 
 
 def tokens(llm) -> list[list[int]]:

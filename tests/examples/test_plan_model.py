@@ -21,7 +21,7 @@ from vllm.utils.network_utils import get_open_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples/plan_model"
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-LINK = [sys.executable, "-m", "vllm.model_executor.model_loader.link_checkpoint"]
+LINK = [sys.executable, "-m", "vllm.entrypoints.link_checkpoint"]
 PROMPT = "The import statement"
 
 

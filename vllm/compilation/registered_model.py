@@ -10,25 +10,27 @@ not only under what its files and config.json say.
 
 from __future__ import annotations
 
+import copy
 import functools
-import hashlib
-import types
-from collections.abc import Iterator, Mapping
+import uuid
 from typing import Any
 
 import torch
-from torch import fx, nn
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.convert_frame import register_bytecode_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import vllm.envs as envs
 from vllm.compilation.decorators import support_torch_compile
-from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.compilation.module_digest import UndeterminedError, module_digest
+from vllm.compilation.passes.utility.separate_residual import SeparateResidualPass
 from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import get_pcp_group, get_pp_group, get_tp_group
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
-
-aten = torch.ops.aten
 
 # Axes along which the arguments of a model's forward vary from step to step.
 TOKEN_AXES: dict[str, int | list[int] | dict[int, str]] = {
@@ -42,7 +44,10 @@ TOKEN_AXES: dict[str, int | list[int] | dict[int, str]] = {
 def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     """Have instances of `model_cls` compiled by vLLM, or run eagerly with a warning.
 
-    Modules with DTensors always run eagerly.
+    An instance runs eagerly if it cannot be compiled on every rank of the engine. The
+    ranks agree on that in the first call, when each has compiled or loaded its code
+    and none has run it. An error that comes later is the model's own and is raised.
+    Modules with DTensors are not tried.
 
     vLLM's own switches apply (`enforce_eager`, `compilation_config.mode`). With
     `VLLM_BATCH_INVARIANT` the compiled code rounds as eager execution does, for a
@@ -55,32 +60,112 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     def init_and_choose(self: Any, *, vllm_config: VllmConfig, **kwargs: Any) -> None:
         _set_inductor_options(vllm_config)
         init(self, vllm_config=vllm_config, **kwargs)
-        if any(map(is_traceable_wrapper_subclass, self.module.parameters())):
+        self._agreed_to_compile = False
+        if not self.do_not_compile:
             # Traced, a DTensor keeps the number of tokens of its first call, and
             # without guards nothing would notice.
-            self.do_not_compile = True
+            traceable = not _has_wrapped_tensors(self.module)
+            self.do_not_compile = not true_on_all_ranks(traceable)
 
     def call_or_fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.do_not_compile or self._agreed_to_compile or _is_eager_call():
+            return call(self, *args, **kwargs)
+        code = self.original_code_object()
+        hook = register_bytecode_hook(
+            lambda traced, _: _agree_to_compile(self) if traced is code else None
+        )
         try:
             return call(self, *args, **kwargs)
         except Exception as error:
-            # Of any type, if it is compiled ahead of time. One that is the module's
-            # own comes again from the eager run.
-            if self.do_not_compile or self.compiled:
+            if self._agreed_to_compile:
                 raise
-            self.do_not_compile = True
-            logger.warning(
-                "%s runs without torch.compile, which cannot trace it (%s). Register "
-                "it with supports_torch_compile=False, or start with enforce_eager, "
-                "to do without the attempt.",
-                model_cls.__name__,
-                f"{type(error).__name__}: {error}".strip().partition("\n")[0],
-            )
-            return self.forward(*args, **kwargs)
+            # Nothing has run yet, so this is from Dynamo, from Inductor, or from the
+            # module as it was traced; then it comes again from the eager call.
+            if self.do_not_compile:
+                reason = "another rank could not"
+            else:
+                reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+                true_on_all_ranks(False)
+        finally:
+            hook.remove()
+        self.do_not_compile = True
+        logger.warning(
+            "%s runs without torch.compile, which cannot trace it (%s). Register "
+            "it with supports_torch_compile=False, or start with enforce_eager, "
+            "to do without the attempt.",
+            model_cls.__name__,
+            reason,
+        )
+        return self.forward(*args, **kwargs)
 
     decorated.__init__ = init_and_choose
     decorated.__call__ = call_or_fall_back
+    decorated.aot_compiled_fn = _AgreedFunction()
     return decorated
+
+
+class _OtherRankFailedError(RuntimeError):
+    """This rank could run compiled code, but another cannot."""
+
+
+class _AgreedFunction:
+    """`aot_compiled_fn`, which vLLM sets when it has compiled or loaded, then calls."""
+
+    def __get__(self, model: Any, owner: type[Any]) -> Any:
+        return vars(model).get("aot_compiled_fn")
+
+    def __set__(self, model: Any, function: Any) -> None:
+        model._agreed_to_compile = False
+        if function is not None:
+            _agree_to_compile(model)
+        vars(model)["aot_compiled_fn"] = function
+
+
+def _agree_to_compile(model: Any) -> None:
+    """Say that this rank is ready, and learn whether all are.
+
+    Raises:
+        _OtherRankFailedError: One is not, and all run eagerly.
+
+    """
+    model._agreed_to_compile = true_on_all_ranks(True)
+    model.do_not_compile = not model._agreed_to_compile
+    if model.do_not_compile:
+        raise _OtherRankFailedError("Another rank could not compile the model.")
+
+
+def true_on_all_ranks(value: bool) -> bool:
+    """Whether `value` holds on all ranks of this engine. All have to call this."""
+    result = torch.tensor(int(value), device="cpu")
+    for group in (get_tp_group(), get_pcp_group(), get_pp_group()):
+        if group.world_size > 1:
+            dist.all_reduce(result, dist.ReduceOp.MIN, group=group.cpu_group)
+    return bool(result)
+
+
+def _is_eager_call() -> bool:
+    """Whether vLLM does not use its compiled code for this call."""
+    if torch.compiler.is_compiling():
+        return True
+    return is_forward_context_available() and get_forward_context().skip_compiled
+
+
+def _has_wrapped_tensors(module: nn.Module) -> bool:
+    """Whether there is a DTensor or the like, in an attribute or another tensor too."""
+    pending: list[Any] = [module]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return True
+        if isinstance(value, nn.Module | torch.Tensor | dict | list | tuple):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, nn.Module | torch.Tensor):
+                value = vars(value)
+            pending += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def _set_inductor_options(vllm_config: VllmConfig) -> None:
@@ -102,82 +187,32 @@ def _set_inductor_options(vllm_config: VllmConfig) -> None:
         )
 
 
-class SeparateResidualPass(InductorPass):
-    """Takes sums with a residual stream out of the matrix products before them.
-
-    Inductor makes one `addmm` of both, which begins by copying the residual. A sum of
-    its own is fused into the norm that follows. The sums with a bias stay.
-    """
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            residual, a, b = node.args
-            if node.kwargs or residual.meta["val"].dim() < 2:
-                continue
-            with graph.inserting_before(node):
-                product = graph.call_function(aten.mm.default, (a, b))
-                total = graph.call_function(aten.add.Tensor, (residual, product))
-            for part in (product, total):
-                part.meta = dict(node.meta)
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
-
-
 def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:
     """Make vLLM's cache of compiled code depend on what `module` is.
 
     Two callables may build different modules from the same files and the same
-    config.json: a lambda's variables are in neither.
+    config.json: a lambda's variables are in neither. A module that cannot be
+    determined gets a key that nothing is found under.
     """
-    config = vllm_config.additional_config
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        return
+    try:
+        digest = module_digest(module)
+    except UndeterminedError as error:
+        digest = uuid.uuid4().hex
+        logger.warning(
+            "%s is compiled anew at every start, because it cannot be told from other "
+            "modules by its contents: %s.",
+            type(module).__name__,
+            error,
+        )
+    config: Any = vllm_config.additional_config
     if isinstance(config, dict):
-        digest = hashlib.sha256()
-        for part in _constants(module):
-            digest.update(part.encode() + b"\0")
-        vllm_config.additional_config = config | {
-            "registered_module": digest.hexdigest()
-        }
-
-
-def _constants(module: nn.Module) -> Iterator[str]:
-    """What tracing `module` may burn into its graph, as text."""
-    for name, child in module.named_modules():
-        yield f"{name}: {type(child).__module__}.{type(child).__qualname__}"
-        for key, value in sorted(vars(child).items()):
-            if key not in ("_parameters", "_buffers", "_modules"):
-                yield f"{name}.{key}={_text(value, set())}"
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield f"{name}: {tensor.dtype} {list(tensor.shape)} {list(tensor.stride())}"
-
-
-def _text(value: Any, seen: set[int]) -> str:
-    """`value` by its contents, without addresses, which change from run to run."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return repr(value)
-    if isinstance(value, torch.dtype | torch.device | torch.Size):
-        return str(value)
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    kind = value if isinstance(value, type) else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if id(value) in seen or isinstance(value, type | nn.Module):
-        return name
-    nested = functools.partial(_text, seen=seen | {id(value)})
-    if isinstance(value, Mapping):
-        return str([(nested(key), nested(item)) for key, item in value.items()])
-    if isinstance(value, set | frozenset):
-        return str(sorted(map(nested, value)))
-    if isinstance(value, list | tuple):
-        return str(list(map(nested, value)))
-    if isinstance(value, functools.partial):
-        return nested((value.func, value.args, value.keywords))
-    if isinstance(value, types.MethodType):
-        return nested(value.__func__)
-    if isinstance(value, types.FunctionType):
-        code = value.__code__
-        constants = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
-        closure = [cell.cell_contents for cell in value.__closure__ or ()]
-        return code.co_code.hex() + nested([constants, value.__defaults__, closure])
-    if name.partition(".")[0] in ("vllm", "torch"):
-        return name  # its state follows from the config, which is hashed as well
-    return name + nested(getattr(value, "__dict__", ()))
+        # There may be two models in one engine.
+        digests = {*config.get("registered_modules", ()), digest}
+        config = config | {"registered_modules": sorted(digests)}
+    else:
+        config = copy.copy(config)
+        compute_hash = config.compute_hash
+        config.compute_hash = lambda: f"{compute_hash()} {digest}"
+    vllm_config.additional_config = config
