@@ -13,7 +13,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 MODULES := build/modules.txt
 INPUTS := $(MODULES) Makefile CMakeLists.txt upstream.toml pyproject.toml setup.py \
-	$(wildcard csrc/*/* requirements/*.txt tools/*.py patches/* patches/*/*.patch)
+	$(wildcard csrc/*/* requirements/*.txt tools/*.py patches/* patches/*/* patches/*/*/*)
 
 # without a terminal (CI), bars and colours only blur the log
 ifeq ($(MAKE_TERMOUT),)

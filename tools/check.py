@@ -111,6 +111,8 @@ def check_release(version: str) -> str:
         if content is not None:
             contents[name] = content
     modules = series.new_modules()
+    if taken := sorted(paths & set(series.new_tests())):
+        raise BuildError(f"{taken[0]} exists in vLLM {version}: rename our test.")
     folders = {parent for path in paths for parent in PurePosixPath(path).parents}
     for name in modules:
         if name in paths or PurePosixPath(name) in folders:

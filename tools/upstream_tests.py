@@ -32,6 +32,19 @@ WORKERS = 2
 """Test processes at once; more would not find memory on a small machine."""
 SLOWEST = 5
 
+# Freeing a GPU's memory after each test takes a second and fails without one.
+PLUGIN = """
+import os
+
+def pytest_collection_modifyitems(items):
+    part, parts = map(int, os.environ["GENERIC_TESTS_PART"].split("/"))
+    # sorted: some parameters are sets, whose order is another in each process
+    names = set(sorted({item.nodeid for item in items})[part::parts])
+    items[:] = [item for item in items if item.nodeid in names]
+    for item in items:
+        item.add_marker("skip_global_cleanup")
+"""
+
 
 @dataclass
 class Results:
@@ -54,14 +67,13 @@ def main() -> int:
     with ThreadPoolExecutor(WORKERS) as pool:  # of processes: each run is one
         if known:
             print(f"before: as in {cache}", flush=True)
-            shards = _shards(upstream_tests(), known)
         else:
-            shards = [upstream_tests()]
-            before_run = pool.submit(_run, suite, _tree("before"), shards[0], "before")
+            before_run = pool.submit(_run, suite, _tree("before"), upstream_tests())
         after_tree = _tree("after")
+        parts = WORKERS if known else 1  # the other worker runs the tests before
         after_runs = [
-            pool.submit(_run, suite, after_tree, shard, f"after-{number}")
-            for number, shard in enumerate(shards)
+            pool.submit(_run, suite, after_tree, upstream_tests(), part, parts)
+            for part in range(parts)
         ]
         before = known or before_run.result()
         after = Results({}, {})
@@ -71,7 +83,7 @@ def main() -> int:
         # what was kept may have been a failure by chance
         again = [n for n in upstream_tests() if any(_is_in(t, n) for t in differing)]
         if again:
-            before |= _run(suite, _tree("before"), again, "before")
+            before |= _run(suite, _tree("before"), again)
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text(json.dumps(asdict(before)))
     return _report(before, after)
@@ -136,35 +148,21 @@ def _cache() -> Path:
     return cache_dir() / "upstream-tests" / f"{digest[:16]}.json"
 
 
-def _shards(tests: list[str], known: Results) -> list[list[str]]:
-    """The test files in as many parts as there are workers, of like duration."""
-    cost = {
-        name: sum(s for test, s in known.seconds.items() if _is_in(test, name))
-        for name in tests
-    }
-    shards: list[list[str]] = [[] for _ in range(WORKERS)]
-    for name in sorted(tests, key=lambda name: -cost[name]):
-        min(shards, key=lambda shard: sum(cost[n] for n in shard)).append(name)
-    return [shard for shard in shards if shard]
-
-
 def _suite() -> Path:
     """A folder with upstream's tests and nothing that shadows the tree under test."""
     suite = compose(FOLDER / "suite", release(), "cpu", source=True, patched=False)
     for path in suite.iterdir():
         if path.name not in ("tests", "pyproject.toml"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    # freeing a GPU's memory after each test takes a second and fails without one
-    (suite / "no_cleanup.py").write_text(
-        "def pytest_collection_modifyitems(items):\n"
-        "    for item in items:\n"
-        "        item.add_marker('skip_global_cleanup')\n"
-    )
+    (suite / "generic_plugin.py").write_text(PLUGIN)
     return suite
 
 
-def _run(suite: Path, tree: Path, tests: list[str], name: str) -> Results:
-    """Run test files with the vLLM of `tree`."""
+def _run(
+    suite: Path, tree: Path, files: list[str], part: int = 0, parts: int = 1
+) -> Results:
+    """Run one of `parts` of the tests in `files` with the vLLM of `tree`."""
+    name = f"{tree.name}-{part}"
     report = FOLDER / f"{name}.xml"
     report.unlink(missing_ok=True)
     # the tree's distribution counts, too: by its version vLLM finds the CPU
@@ -172,10 +170,11 @@ def _run(suite: Path, tree: Path, tests: list[str], name: str) -> Results:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "VLLM_CACHE_ROOT": str(FOLDER / f"{name}-cache"),
+        "GENERIC_TESTS_PART": f"{part}/{parts}",
         "HF_HUB_OFFLINE": "1",  # a flaky network would look like a difference
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "no_cleanup", "--junitxml", str(report), *tests]
+    command += ["-p", "generic_plugin", "--junitxml", str(report), *files]
     run = subprocess.run(
         command, cwd=suite, env=environment, capture_output=True, text=True
     )

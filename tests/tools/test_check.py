@@ -4,7 +4,7 @@
 
 import pytest
 
-from tools import BuildError, check, upstream
+from tools import BuildError, check, private_names, upstream
 
 from .conftest import (
     ENGINE_PATCH,
@@ -189,5 +189,7 @@ def test_the_patch_set_fits_the_release(version):
 
 def test_the_patch_set_is_whole():
     check.check_listing()
+    check.check_commits()
     check.check_reachable()
     check.check_spdx()
+    private_names.check_listed()
