@@ -16,7 +16,7 @@ WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 MODULES := build/modules.txt
 INPUTS := $(MODULES) Makefile CMakeLists.txt upstream.toml pyproject.toml setup.py \
-	$(wildcard csrc/*/* requirements/*.txt tools/*.py patches/* patches/*/*.patch)
+	$(wildcard csrc/*/* requirements/*.txt tools/*.py patches/* patches/*/* patches/*/*/*)
 
 # without a terminal (CI), bars and colours only blur the log
 ifeq ($(MAKE_TERMOUT),)

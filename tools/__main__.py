@@ -21,6 +21,7 @@ from tools import (
     native,
     one_sentence,
     patches,
+    refresh,
     upstream,
     upstream_tests,
 )
@@ -72,11 +73,18 @@ def _check(args: argparse.Namespace) -> int:
     return check.main(args.version or upstream.supported())
 
 
+def _refresh(args: argparse.Namespace) -> int:
+    return refresh.main(args.version or upstream.release().upstream)
+
+
 def _export(args: argparse.Namespace) -> int:
     written = export.export(args.directory.resolve(), args.tree)
-    for path in written:
-        print(path.name)
-    print(f"{len(written)} patches in {args.directory}: `git am --signoff` takes them")
+    for branch, mails in written.items():
+        print(f"{branch}: {len(mails)} commits")
+    print(
+        f"{len(written)} branches in {args.directory}: `git am --signoff` takes the "
+        "files of each on a plain vLLM"
+    )
     return 0
 
 
@@ -138,17 +146,26 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         _check,
         "check the patch set against the supported releases",
-        "Applies, reverses, compiles; no collisions; headers and reachability.",
+        "Applies, reverses, compiles, and has every name that our modules use; no "
+        "collisions; headers and reachability.",
     )
     sub.add_argument("--version", choices=versions, action="append", help="only these")
 
     sub = command(
+        "refresh",
+        _refresh,
+        "port the patches to a release",
+        "Renews line numbers, and merges what no longer fits; says what it could not.",
+    )
+    sub.add_argument("--version", choices=versions, help="upstream's release")
+
+    sub = command(
         "export",
         _export,
-        "write the change as a commit series for `git am`",
-        "One commit for the new modules and their tests, and one per patch.",
+        "write the change as branches for `git am`",
+        "Generic models are one branch; each patch of the robustness series is one.",
     )
-    sub.add_argument("directory", type=Path, help="where the series is written")
+    sub.add_argument("directory", type=Path, help="where the branches are written")
     sub.add_argument(
         "--tree",
         type=Path,

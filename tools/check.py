@@ -2,22 +2,33 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """`python -m tools check`: the patch set fits every supported release, and is whole."""
 
-import ast
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import PurePosixPath
 
-from tools import ROOT, BuildError, patches
+from tools import (
+    ROOT,
+    BuildError,
+    diffs,
+    imports,
+    names,
+    patches,
+    private_names,
+    series,
+)
 from tools.compose import read_sdist
-from tools.upstream import release
+from tools.imports import dotted
+from tools.upstream import release, supported
 
 
 def main(versions: Iterable[str]) -> int:
     """Print one line for each check and return the number of failures."""
+    versions = list(versions)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("every patch is listed and has a header", check_listing),
+        ("every new file is in a commit", check_commits),
         ("every new module is reachable", check_reachable),
+        ("every private name is listed", private_names.check_listed),
         ("SPDX headers", check_spdx),
     ]
     for version in versions:
@@ -33,16 +44,63 @@ def main(versions: Iterable[str]) -> int:
 
 
 def check_listing() -> str:
-    """Every file in patches/ is in the series, and every one reads."""
-    listed = {patch.path for patch in patches.series()}
+    """Every file in patches/ is an entry of the series or an override, and reads."""
+    commits = {commit.path: commit for commit in series.commits() if commit.patch}
     folder = ROOT / "patches"
-    for path in sorted(folder.rglob("*.patch")):
-        if folder / path.name not in listed:
-            raise BuildError(
-                f"{path.relative_to(ROOT)} is not in patches/series: add its name."
-            )
-        patches.read_patch(path)
-    return f"{len(listed)} patches"
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(ROOT)
+        if path.suffix == ".patch" and path not in commits:
+            raise BuildError(f"{name} is not in patches/series.toml: add its entry.")
+        if path.suffix == ".diff":
+            patch = path.parents[1] / f"{path.stem}.patch"
+            version = path.parent.name
+            if patch not in commits or version not in supported():
+                raise BuildError(
+                    f"{name} overrides nothing: it lies in patches/<series>/<release>/ "
+                    "and has the name of the patch, with '.diff' in the place of "
+                    "'.patch'."
+                )
+            commits[patch].read(version)
+    for commit in commits.values():
+        commit.read()
+    return f"{len(commits)} patches"
+
+
+def check_commits() -> str:
+    """Every new module and test is exported, after what it imports."""
+    modules, tests = series.new_modules(), series.new_tests()
+    exported: dict[str, str] = {}
+    commits = series.commits()
+    for commit in commits:
+        title = commit.patch or commit.subject
+        for pattern in commit.patterns:
+            if not series.matching([pattern], [*modules, *tests]):
+                raise BuildError(
+                    f"patches/series.toml, {title}: {pattern} names no new module and "
+                    "no test: correct it, or take it out."
+                )
+        files = imports.files_of(commit)
+        exported |= dict.fromkeys(files, title)
+        if commit.series == series.INDEPENDENT:
+            continue
+        known = {dotted(name) for name in exported}
+        for name in files:
+            if name in modules and name.endswith(".py"):
+                wanted = imports.imports(name, at_start=True)
+                later = wanted & {dotted(module) for module in modules} - known
+                if later:
+                    raise BuildError(
+                        f"{name} imports {min(later)}, which is in no commit up to "
+                        f"«{title}»: change the order in patches/series.toml."
+                    )
+    stay = set(series.matching(series.staying(), tests))
+    lost = [name for name in [*modules, *tests] if name not in {*exported, *stay}]
+    if lost:
+        raise BuildError(
+            f"{lost[0]} is in no commit: add it to the files of one in "
+            "patches/series.toml, or, a test that needs both series, to `stay`."
+        )
+    return f"{len(commits)} commits, {len(exported)} files"
 
 
 def check_release(version: str) -> str:
@@ -52,7 +110,9 @@ def check_release(version: str) -> str:
         paths.add(name)
         if content is not None:
             contents[name] = content
-    modules = patches.new_modules()
+    modules = series.new_modules()
+    if taken := sorted(paths & set(series.new_tests())):
+        raise BuildError(f"{taken[0]} exists in vLLM {version}: rename our test.")
     folders = {parent for path in paths for parent in PurePosixPath(path).parents}
     for name in modules:
         if name in paths or PurePosixPath(name) in folders:
@@ -60,12 +120,17 @@ def check_release(version: str) -> str:
         package = PurePosixPath(name).parent / "__init__.py"
         if str(package) not in paths and str(package) not in modules:
             raise BuildError(f"{name} is in no package: add {package}.")
-    series = patches.series(version)
-    touched = {name for patch in series for name in patch.files}
+    every = series.series(version)
+    touched = {name for patch in every for name in patch.files}
     originals = {name: contents[name] for name in touched if name in contents}
-    patched = patches.run_series(series, originals)
-    if patches.run_series(series, patched, reverse=True) != originals:
+    patched = patches.run_series(every, originals)
+    if patches.run_series(every, patched, reverse=True) != originals:
         raise BuildError(f"The series does not reverse to the files of vLLM {version}.")
+    check_places(every, originals, version)
+    for commit in series.commits():
+        if commit.series == series.INDEPENDENT and commit.patch:
+            alone = [other.read(version) for other in series.needed(commit)]
+            check_places([*alone, commit.read(version)], originals, version)
     laid = patched | {name: (ROOT / name).read_bytes() for name in modules}
     for name, content in laid.items():
         if name.endswith(".py"):
@@ -75,35 +140,54 @@ def check_release(version: str) -> str:
                 raise BuildError(
                     f"{name}, line {error.lineno}: {error.msg}, with vLLM {version}."
                 ) from None
-    return f"{len(series)} patches, {len(touched)} files, {len(modules)} new modules"
+    resolved = names.check_names(contents | laid, version)
+    return (
+        f"{len(every)} patches, {len(touched)} files, {len(modules)} new modules, "
+        f"{resolved} names"
+    )
+
+
+def check_places(
+    patches: Iterable[series.Patch], originals: dict[str, bytes], version: str
+) -> None:
+    """Each hunk fits in one place of its file only, wherever upstream moves it."""
+    files = {name: diffs.lines_of(content) for name, content in originals.items()}
+    for patch in patches:
+        for file in patch.diffs:
+            content = files[file.path]
+            for hunk in file.hunks:
+                places = hunk.places(content)
+                if not places:
+                    raise BuildError(
+                        f"{patch.name} does not apply on its own to {file.path}, line "
+                        f"{hunk.start}, of vLLM {version}: choose context that no "
+                        "other patch adds, or name that patch in `needs` of "
+                        "patches/series.toml."
+                    )
+                if len(places) > 1:
+                    lines = ", ".join(str(place + 1) for place in places)
+                    raise BuildError(
+                        f"{patch.name}: the hunk at line {hunk.start} of {file.path} "
+                        f"fits at the lines {lines} of vLLM {version}: give it more "
+                        "context."
+                    )
+            files[file.path] = file.apply(content)
 
 
 def check_reachable() -> str:
     """Every new module is hooked by a patch, documented, or imported by one that is."""
-    files = {_dotted(name): name for name in patches.new_modules()}
-    hooks = "\n".join(line for patch in patches.series() for line in patch.added)
+    files = {dotted(name): name for name in series.new_modules()}
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    lines = [line for patch in series.series() for line in patch.added]
     prose = "\n".join(page.read_text() for page in pages if page.exists())
-    pending = [
-        module
-        for module, name in files.items()
-        if re.search(rf"\b{re.escape(module)}\b", hooks + prose)
-        or _mentions(hooks, module)
-        or not name.endswith(".py")
-    ]
-    reached = set(pending)
-    while pending:
-        module = pending.pop()
-        if files[module].endswith(".py"):
-            found = _imports(module, files[module]) & files.keys() - reached
-            reached |= found
-            pending += found
-    packages = {parent for module in reached for parent in _parents(module)}
-    lost = [name for module, name in files.items() if module not in reached | packages]
+    roots = imports.hooked(lines, files) | imports.documented(prose, files)
+    roots |= {module for module, name in files.items() if not name.endswith(".py")}
+    reached = imports.closure(roots)
+    lost = [name for module, name in files.items() if module not in reached]
     if lost:
         raise BuildError(
             f"{lost[0]} is reachable from nothing: import it in a module that is, hook "
-            f"it in a patch, or document {_dotted(lost[0])} in docs/ as a module that "
+            f"it in a patch, or document {dotted(lost[0])} in docs/ as a module that "
             "users import."
         )
     return f"{len(files)} new modules"
@@ -128,42 +212,3 @@ def check_spdx() -> str:
                 f"{path.relative_to(ROOT)} must begin with these two lines:\n{lines}"
             )
     return f"{len(files)} files"
-
-
-def _dotted(name: str) -> str:
-    """The name under which Python imports a file of the tree."""
-    path = PurePosixPath(name).with_suffix("")
-    parts = path.parts[:-1] if path.name == "__init__" else path.parts
-    return ".".join(parts)
-
-
-def _parents(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
-
-
-def _mentions(hooks: str, module: str) -> bool:
-    """Whether a hook imports the module by a relative name or from its package."""
-    package, _, name = module.rpartition(".")
-    return bool(
-        re.search(rf"\bfrom {re.escape(package)} import .*\b{name}\b", hooks)
-        or re.search(rf"\bfrom \.+[\w.]*\b{name} import\b", hooks)
-        or re.search(rf"\bfrom \.+[\w.]* import .*\b{name}\b", hooks)
-    )
-
-
-def _imports(module: str, name: str) -> set[str]:
-    """The modules that a new module imports anywhere in its code."""
-    found: set[str] = set()
-    package = module if name.endswith("__init__.py") else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse((ROOT / name).read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")
-                kept = parents[: len(parents) - node.level + 1]
-                base = ".".join([*kept, *([base] if base else [])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found

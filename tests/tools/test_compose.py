@@ -18,7 +18,15 @@ import pytest
 
 from tools import BuildError, compose, upstream
 
-from .conftest import ENGINE, MODULE, REGISTRY, TAG, VERSION
+from .conftest import (
+    ENGINE,
+    MODULE,
+    PATCH,
+    REGISTRY,
+    REGISTRY_PATCH_NAME,
+    TAG,
+    VERSION,
+)
 
 FULL_VERSION = f"{VERSION}+generic.7.cpu"
 REPOSITORY = Path(__file__).parents[2]
@@ -89,7 +97,7 @@ def check_record(wheel: zipfile.ZipFile) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(repository, tmp_path, monkeypatch):
-    repository.write("patches/0001-registry.patch", "broken")
+    repository.write(REGISTRY_PATCH_NAME, "broken")
     with pytest.raises(BuildError):
         build(tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
@@ -97,7 +105,7 @@ def test_a_failure_leaves_nothing_behind(repository, tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    repository.write("patches/series", "")
+    repository.write(REGISTRY_PATCH_NAME, PATCH)
     monkeypatch.setattr(zipfile.ZipFile, "write", full)
     with pytest.raises(OSError, match="No space left"):
         build(tmp_path / "out")
@@ -108,11 +116,11 @@ def test_a_failure_keeps_the_tree_of_before(repository, tmp_path):
     release = upstream.release()
     tree = compose.compose(tmp_path / "tree", release, "cpu")
     (tree / "mark").touch()
-    repository.write("patches/0001-registry.patch", "broken")
+    repository.write(REGISTRY_PATCH_NAME, "broken")
     with pytest.raises(BuildError):
         compose.compose(tree, release, "cpu")
     assert (tree / "mark").exists()
-    repository.write("patches/series", "")
+    repository.write(REGISTRY_PATCH_NAME, PATCH)
     compose.compose(tree, release, "cpu")
     assert not (tree / "mark").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"tree", "repository", "cache"}
@@ -152,7 +160,7 @@ def test_our_sdist_holds_what_a_build_needs(repository, tmp_path):
     assert names >= {
         "PKG-INFO",
         "upstream.toml",
-        "patches/series",
+        "patches/series.toml",
         "vllm/callables.py",
     }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import BuildError, export, patches, upstream
+import tools
+from tools import BuildError, export, imports, patches, series, upstream
 from tools.compose import compose
 
 from .conftest import VERSION
@@ -35,26 +36,39 @@ def test_git_am_takes_the_series(repository, tmp_path, given):
     repository.write("tests/test_callables.py", "def test():\n    assert True\n")
     repository.write("tests/tools/test_tools.py", "")
     repository.write("tests/conftest.py", "")
+    listing = repository.root / "patches/series.toml"
+    listing.write_text(
+        listing.read_text().replace("callables.py", 'callables.py", "tests/*')
+    )
     tree = repository.tree(tmp_path / "tree")
-    mails = export.export(tmp_path / "out", tree if given else None)
-    assert len(mails) == 3
-    am(tree, mails)
+    branches = export.export(tmp_path / "out", tree if given else None)
+    assert list(branches) == ["generic-models", "robustness/0101-engine"]
+    am(tree, branches["generic-models"])
     reference = patches.lay(repository.tree(tmp_path / "laid"), VERSION)
     for name in reference:
         laid = tmp_path / "laid" / name
-        assert (tree / name).read_bytes() == laid.read_bytes()
+        ours = (tree / name).read_bytes() == laid.read_bytes()
+        assert ours == (name != "vllm/v1/engine.py")
     assert (tree / "tests/test_callables.py").exists()
     assert not (tree / "tests/tools").exists()
     assert not (tree / "tests/conftest.py").exists()
     assert git(tree, "log", "--format=%s").splitlines() == [
-        "engine: count higher",
         "registry: register callables",
-        "Add the modules behind generic models",
+        "Add callables",
         "upstream",
     ]
     body = git(tree, "log", "-1", "--format=%b")
-    assert "It counts.\n\nWhy: A reason, on two lines.\nUpstream: a reference" in body
+    assert "It registers them.\n\nWhy: A reason.\nUpstream: a reference" in body
     assert "Drop-when" not in body
+
+
+def test_git_am_takes_each_patch_of_robustness(repository, tmp_path):
+    tree = repository.tree(tmp_path / "tree")
+    branches = export.export(tmp_path / "out")
+    am(tree, branches["robustness/0101-engine"])
+    assert (tree / "vllm/v1/engine.py").read_text().startswith("first = 100\n")
+    assert not (tree / "vllm/callables.py").exists()
+    assert "Why: A reason, on two lines." in git(tree, "log", "-1", "--format=%b")
 
 
 def test_a_folder_in_use_is_refused(repository, tmp_path):
@@ -74,10 +88,18 @@ def test_a_patched_tree_is_refused(repository, tmp_path):
 def test_git_am_takes_the_real_series(tmp_path):
     release = upstream.release()
     tree = compose(tmp_path / "tree", release, "cpu", source=True, patched=False)
-    mails = export.export(tmp_path / "out")
-    assert len(mails) == 1 + len(patches.series(release.upstream))
-    am(tree, mails)
-    laid = compose(tmp_path / "laid", release, "cpu", source=True)
-    changed = {n for patch in patches.series(release.upstream) for n in patch.files}
-    for name in [*changed, *patches.new_modules()]:
-        assert (tree / name).read_bytes() == (laid / name).read_bytes(), name
+    branches = export.export(tmp_path / "out")
+    git(tree, "init", "--quiet")
+    git(tree, "add", "--all", "--force")
+    git(tree, "commit", "--quiet", "-m", "upstream")
+    git(tree, "tag", "plain")
+    every = series.series(release.upstream)
+    originals = patches.read_originals(tree, every)
+    for branch, commits in export.branches().items():
+        git(tree, "reset", "--quiet", "--hard", "plain")
+        git(tree, "am", "--quiet", *map(str, branches[branch]))
+        own = [commit.read(release.upstream) for commit in commits if commit.patch]
+        for name, content in patches.run_series(own, originals).items():
+            assert (tree / name).read_bytes() == content, (branch, name)
+        for name in {name for commit in commits for name in imports.files_of(commit)}:
+            assert (tree / name).read_bytes() == (tools.ROOT / name).read_bytes()

@@ -12,7 +12,7 @@ from tools import __main__ as main
 
 COMMANDS = (
     *("compose", "apply", "revert", "develop", "check", "export"),
-    "upstream-tests",
+    *("refresh", "upstream-tests"),
 )
 
 
@@ -71,4 +71,5 @@ def test_check_fails_with_an_exit_code(repository, monkeypatch, capsys):
 
 def test_export(repository, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "export", tmp_path / "out") == 0
-    assert "3 patches in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "generic-models: 2 commits\nrobustness/0101-engine: 1 commits\n" in out

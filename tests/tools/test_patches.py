@@ -12,7 +12,15 @@ import pytest
 
 from tools import BuildError, patches
 
-from .conftest import ENGINE, MODULE, PATCH, UPSTREAM, VERSION
+from .conftest import (
+    ENGINE,
+    ENGINE_PATCH_NAME,
+    MODULE,
+    PATCH,
+    REGISTRY_PATCH_NAME,
+    UPSTREAM,
+    VERSION,
+)
 
 
 def content(tree: Path) -> dict[str, bytes]:
@@ -102,7 +110,7 @@ def test_a_lost_anchor_is_named_and_leaves_the_tree_untouched(repository, tmp_pa
     before = content(tree)
     with pytest.raises(BuildError) as raised:
         patches.apply(tree)
-    assert "patches/0002-engine.patch does not apply" in str(raised.value)
+    assert f"{ENGINE_PATCH_NAME} does not apply" in str(raised.value)
     assert "vllm/v1/engine.py" in str(raised.value)
     assert "line 1" in str(raised.value)
     assert "«first = 1»" in str(raised.value)
@@ -131,9 +139,7 @@ def test_an_offset_is_allowed(repository, tmp_path):
     registry = tree / "vllm/registry.py"
     registry.write_text("# a\n" * 30 + registry.read_text())
     # git takes a hunk at line 1 for the beginning of the file
-    repository.write(
-        "patches/0001-registry.patch", PATCH.replace("-1,3 +1,4", "-2,3 +2,4")
-    )
+    repository.write(REGISTRY_PATCH_NAME, PATCH.replace("-1,3 +1,4", "-2,3 +2,4"))
     patches.apply(tree)
     assert "wrap(model)" in registry.read_text()
 
@@ -162,9 +168,10 @@ def test_a_killed_apply_can_be_reverted(repository, tmp_path):
     tree = repository.tree(tmp_path / "tree")
     before = content(tree)
     kill = (
-        "import os, sys, pathlib; from tools import patches\n"
+        "import os, sys, pathlib; from tools import patches, series\n"
         "root, tree = map(pathlib.Path, sys.argv[1:])\n"
-        "patches.ROOT, write = root, patches._write\n"
+        "patches.ROOT = series.ROOT = root\n"
+        "write = patches._write\n"
         "def killed(path, data):\n"
         "    if path.name == 'engine.py': os._exit(9)\n"
         "    write(path, data)\n"
@@ -196,7 +203,7 @@ def test_revert_does_not_depend_on_the_patches_of_today(repository, tmp_path):
     tree = repository.tree(tmp_path / "tree")
     before = content(tree)
     patches.apply(tree)
-    repository.write("patches/0001-registry.patch", PATCH.replace("wrap", "other"))
+    repository.write(REGISTRY_PATCH_NAME, PATCH.replace("wrap", "other"))
     repository.write("vllm/callables.py", "# edited in the repository\n")
     patches.revert(tree)
     assert content(tree) == before
@@ -223,60 +230,8 @@ def test_git_is_asked_for(repository, tmp_path, monkeypatch):
         patches.apply(repository.tree(tmp_path / "tree"))
 
 
-def test_a_variant_overrides_the_patch_of_its_name(repository):
-    variant = PATCH.replace("It registers them.", "Ported.")
-    repository.write(f"patches/{VERSION}/0001-registry.patch", variant)
-    assert patches.series(VERSION)[0].message == "Ported."
-    assert patches.series("1.3.0")[0].message == "It registers them."
-
-
 def test_the_version_of_a_tree(repository, tmp_path):
     tree = repository.tree(tmp_path / "tree")
     assert patches.tree_version(tree) == VERSION
     (tree / "vllm/_version.py").unlink()
     assert patches.tree_version(tree) is None
-
-
-def test_a_patch_reads(repository):
-    first, second = patches.series()
-    assert first.subject == "registry: register callables"
-    assert first.files == ["vllm/registry.py"]
-    assert second.trailers == {
-        "Why": "A reason, on two lines.",
-        "Upstream": "a reference",
-        "Drop-when": "A condition.",
-    }
-    assert first.added == [
-        "    from .callables import wrap",
-        "    models[name] = wrap(model)",
-    ]
-
-
-@pytest.mark.parametrize(
-    "cut, complaint",
-    [
-        ("Why: A reason.\n", "lacks 'Why:'"),
-        ("Upstream: a reference\n", "lacks 'Upstream:'"),
-        ("Drop-when: A condition.\n", "lacks 'Drop-when:'"),
-        ("It registers them.\n", "lacks its description"),
-        ("Subject: [PATCH] ", "must begin with the line 'Subject: \\[PATCH\\]"),
-        ("---\ndiff --git", "must begin with the line"),
-    ],
-)
-def test_an_incomplete_header_is_refused(repository, cut, complaint):
-    repository.write("patches/0001-registry.patch", PATCH.replace(cut, "", 1))
-    with pytest.raises(BuildError, match=f"patches/0001-registry.patch {complaint}"):
-        patches.series()
-
-
-def test_a_patch_may_not_create_files(repository):
-    created = PATCH.replace("--- a/vllm/registry.py", "--- /dev/null")
-    repository.write("patches/0001-registry.patch", created)
-    with pytest.raises(BuildError, match="a new module belongs into vllm/"):
-        patches.series()
-
-
-def test_a_listed_patch_must_exist(repository):
-    (repository.root / "patches/0002-engine.patch").unlink()
-    with pytest.raises(BuildError, match="0002-engine.patch is named in patches/ser"):
-        patches.series()
