@@ -114,8 +114,8 @@ def build_paged_attention(
         cache_config.sliding_window = layer.sliding_window
     # Backends without sinks do not take the argument.
     extra: dict[str, Any] = {} if layer.sinks is None else {"sinks": layer.sinks}
-    # Its own tensors are in no checkpoint, so they are made on the engine's device, also
-    # where a factory builds on the meta device.
+    # Its own tensors are in no checkpoint, so they are made on the engine's device even
+    # if the factory builds on the meta device.
     with vllm_config.device_config.device:
         paged = _paged_attention_cls(layer.causal)(
             num_heads=layer.num_heads,
