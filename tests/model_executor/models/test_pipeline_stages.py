@@ -14,6 +14,7 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers.trainable_attention.paged import _layer_index
 from vllm.model_executor.models.callable_model import _CallableRegisteredModel
 from vllm.model_executor.models.interfaces import supports_pp
+from vllm.model_executor.parameters import load
 from vllm.sequence import IntermediateTensors
 
 HIDDEN = 4
@@ -28,6 +29,8 @@ def on_stage(monkeypatch):
     def wrap(module, rank, num_layers=4):
         group = SimpleNamespace(rank_in_group=rank)
         monkeypatch.setattr(parallel_state, "_PP", group)
+        # The other stage is not there to say which weights it has.
+        monkeypatch.setattr(load, "_names_of_all_ranks", lambda names, _: names)
         model_config = SimpleNamespace(
             get_vocab_size=lambda: 8,
             get_hidden_size=lambda: HIDDEN,

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from vllm.config import CompilationMode, ParallelConfig
 from vllm.distributed import parallel_state
+from vllm.model_executor.layers.trainable_attention import kv_caches
 from vllm.model_executor.models.callable_model import (
     _CallableRegisteredModel,
     logits,
@@ -72,8 +73,11 @@ def wrap(monkeypatch):
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
-            compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+            compilation_config=SimpleNamespace(
+                mode=CompilationMode.NONE, static_forward_context={}
+            ),
         )
+        monkeypatch.setattr(kv_caches, "get_current_vllm_config", lambda: config)
         registered = _CallableRegisteredModel("M", lambda c, p: factory(), {})
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # as vLLM does while it builds

@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm.v1.worker import cpu_worker
+from vllm.platforms import current_platform
+
+if not current_platform.is_cpu():  # it replaces functions of torch.cuda
+    pytest.skip("needs vLLM for a CPU", allow_module_level=True)
+
+from vllm.v1.worker import cpu_worker  # noqa: E402
 
 
 class ReachedError(Exception):
