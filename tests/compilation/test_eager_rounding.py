@@ -76,7 +76,9 @@ def test_compiled_bits_are_those_of_eager_execution(dtype, device) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_functions_are_tried_on_all_values(device) -> None:
     expected = {"gelu_tanh"}
-    if device == "cpu":  # on a GPU the relu of -0.0 has another sign when it is compiled
+    if (
+        device == "cpu"
+    ):  # on a GPU the relu of -0.0 has another sign when it is compiled
         expected.add("relu")
     for dtype in (torch.bfloat16, torch.float16):
         assert expected <= functions_of_equal_bits(dtype, device)

@@ -216,6 +216,7 @@ def _as_whole(value: Any, layout: Layout | None) -> Any:
         or value.shape != layout.local_shape
     ):
         return value
+    assert layout.axis is not None  # vLLM's layers divide one axis
     parts = layout.parts_of(value.detach())
     shards = [local for _, local in parts]
     offsets = [box.whole for box, _ in parts]

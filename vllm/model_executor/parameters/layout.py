@@ -206,11 +206,15 @@ def _dtensor_layout(tensor: DTensor) -> Layout:
         here = distribute_tensor(indices, mesh, placements, src_data_rank=None)
         runs.append(_runs(here.to_local().flatten().tolist()))
     boxes = [
-        Box(*(tuple(run[i] for run in block) for i in range(3)))
+        Box(
+            local=tuple(start for start, _, _ in block),
+            whole=tuple(start for _, start, _ in block),
+            sizes=tuple(size for _, _, size in block),
+        )
         for block in itertools.product(*runs)
     ]
-    axis = divided[0] if len(divided) == 1 else None
-    return Layout(shape, local.shape, tensor.dtype, tuple(boxes), axis)
+    only = divided[0] if len(divided) == 1 else None
+    return Layout(shape, local.shape, tensor.dtype, tuple(boxes), only)
 
 
 def _runs(indices: list[int]) -> list[tuple[int, int, int]]:

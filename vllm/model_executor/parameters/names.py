@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -243,7 +244,7 @@ def _full_names(
     last stage's output layer may be a copy of the first stage's embedding. Renamed as
     in megatron-core's own `sharded_state_dict`.
     """
-    megatron = sys.modules.get("megatron.core.transformer.module")
+    megatron: Any = sys.modules.get("megatron.core.transformer.module")
     places: dict[str, int] = {}  # by path, of a module in its list
     for path, part in module.named_modules() if megatron is not None else ():
         if not isinstance(part, megatron.MegatronModule):

@@ -12,6 +12,7 @@ used for single layers, of which everything has come.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def _put_back(layer: nn.Module) -> None:
             delattr(layer, name)
     parameters, buffers = info.kernel_tensors
     for name, parameter in parameters.items():
-        layer.register_parameter(name, parameter)
+        layer.register_parameter(name, cast(nn.Parameter, parameter))
     for name, buffer in buffers.items():
         persistent = name not in info.kernel_non_persistent_buffers
         layer.register_buffer(name, buffer, persistent=persistent)
@@ -78,8 +79,9 @@ def _unwrap_loaders(layer: nn.Module) -> None:
 
     Outside a reload it ignores what it is called with.
     """
-    for tensor in [*layer._parameters.values(), *layer._buffers.values()]:
-        loader = getattr(tensor, "weight_loader", None)
+    tensors: list[Any] = [*layer._parameters.values(), *layer._buffers.values()]
+    for tensor in tensors:
+        loader: Any = getattr(tensor, "weight_loader", None)
         if getattr(loader, "__name__", None) != RELOADING:
             continue
         while loader.__name__ == RELOADING:
@@ -124,7 +126,7 @@ def repack(layer: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
     parameters, _ = get_layerwise_info(layer).kernel_tensors or ({}, {})
     for leaf, parameter in parameters.items():
         if leaf not in whole and is_loaded_in_place(layer, leaf):
-            layer._parameters[leaf] = parameter
+            layer._parameters[leaf] = cast(nn.Parameter, parameter)
     try:
         for leaf, tensor in whole.items():
             parameter = getattr(layer, leaf)
@@ -158,7 +160,7 @@ def finish_repacking(layer: nn.Module, numel: int) -> None:
     packed = info.load_numel - sum(aside[n].numel() for n, _ in came if n in aside)
     if packed >= numel > 0:
         for leaf in aside.keys() - {name for name, _ in came}:
-            layer._parameters[leaf] = parameters[leaf]
+            layer._parameters[leaf] = cast(nn.Parameter, parameters[leaf])
         finalize_layerwise_reload(layer, None)
         return
     _put_back(layer)

@@ -5,7 +5,9 @@
 import copy
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 import vllm.envs as envs
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
@@ -116,7 +118,7 @@ def build_paged_attention(
     extra: dict[str, Any] = {} if layer.sinks is None else {"sinks": layer.sinks}
     # Its own tensors are in no checkpoint, so they are made on the engine's device even
     # if the factory builds on the meta device.
-    with vllm_config.device_config.device:
+    with cast(torch.device, vllm_config.device_config.device):
         paged = _paged_attention_cls(layer.causal)(
             num_heads=layer.num_heads,
             head_size=layer.head_dim,

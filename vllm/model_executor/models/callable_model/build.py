@@ -68,4 +68,5 @@ def build_module(
     constants = precision.computed(module) if narrow else []
     module = apply_plans(module, vllm_config, context)
     # A module that was built before, by the caller, may lie elsewhere.
-    return place(module, vllm_config.device_config.device), constants
+    device = cast(torch.device, vllm_config.device_config.device)
+    return place(module, device), constants

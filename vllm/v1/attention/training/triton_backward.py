@@ -19,7 +19,9 @@ UNLIMITED = 1 << 30
 
 
 @triton.jit
-def _scores(q, k, lse, scale, soft_cap, CAPPED: tl.constexpr, LOG2_E: tl.constexpr):
+def _scores(  # type: ignore[no-untyped-def]
+    q, k, lse, scale, soft_cap, CAPPED: tl.constexpr, LOG2_E: tl.constexpr
+):
     """Probabilities `[queries, keys]` before masking, and the soft cap's derivative."""
     scores = tl.dot(q, tl.trans(k)) * scale
     slope = scores
@@ -40,7 +42,7 @@ def _visible(rows, cols, length, left, right):
 
 
 @triton.jit
-def _grad_key_value_kernel(
+def _grad_key_value_kernel(  # type: ignore[no-untyped-def]
     grad_out,
     q,
     k,
@@ -132,7 +134,7 @@ def _grad_key_value_kernel(
 
 
 @triton.jit
-def _grad_query_kernel(
+def _grad_query_kernel(  # type: ignore[no-untyped-def]
     grad_out,
     q,
     k,
