@@ -85,6 +85,21 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
+@pytest.fixture(autouse=True)
+def registrations_end_with_the_test() -> Iterator[None]:
+    """Tests of one process share vLLM's registry."""
+    name = "vllm.model_executor.models.registry"
+    registry = sys.modules.get(name)
+    before = dict(registry.ModelRegistry.models) if registry else None
+    yield
+    if registry := sys.modules.get(name):
+        models = registry.ModelRegistry.models
+        added = models.keys() - (registry._VLLM_MODELS if before is None else before)
+        for architecture in added:
+            del models[architecture]
+        models.update(before or {})
+
+
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
     """A directory with TinyModel's config and weights."""

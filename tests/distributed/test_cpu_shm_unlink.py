@@ -44,4 +44,4 @@ def test_segments_have_no_name_once_all_have_mapped_them(tmp_path, monkeypatch):
     if not hasattr(torch.ops._C, "init_shm_manager"):
         pytest.skip("this build has no shared memory operators")
     monkeypatch.setenv("VLLM_DIST_IDENT", tmp_path.name)
-    torch.multiprocessing.spawn(join_group, (str(tmp_path), "unlink"), nprocs=2)
+    torch.multiprocessing.spawn(join_group, (str(tmp_path), "tp:0"), nprocs=2)
