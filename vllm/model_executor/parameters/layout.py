@@ -44,11 +44,11 @@ class Box:
 
     def of_local(self, tensor: torch.Tensor) -> torch.Tensor:
         """The block, as a view of this rank's tensor."""
-        return _view(tensor, self.local, self.sizes)
+        return view_of(tensor, self.local, self.sizes)
 
     def of_whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """The block, as a view of the whole tensor."""
-        return _view(tensor, self.whole, self.sizes)
+        return view_of(tensor, self.whole, self.sizes)
 
     def numel(self) -> int:
         return torch.Size(self.sizes).numel()
@@ -251,7 +251,8 @@ def _layout_along(
     return Layout(shape, tensor.shape, tensor.dtype, tuple(boxes), axis)
 
 
-def _view(
+def view_of(
     tensor: torch.Tensor, starts: tuple[int, ...], sizes: tuple[int, ...]
 ) -> torch.Tensor:
+    """The block of `sizes` that begins at `starts`, as a view."""
     return tensor[tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))]

@@ -56,6 +56,11 @@ def weights_of(module: nn.Module, context: ParallelContext) -> ModuleWeights:
     return _WEIGHTS[module]
 
 
+def find_weights(module: nn.Module) -> ModuleWeights | None:
+    """The weights of `module`, if a registered callable built it."""
+    return _WEIGHTS.get(module)
+
+
 class ModuleWeights:
     """What fills a module's tensors, and whether they are of one checkpoint.
 
@@ -67,11 +72,11 @@ class ModuleWeights:
     def __init__(self, module: nn.Module, context: ParallelContext) -> None:
         self._module = weakref.ref(module)
         self._context = context
-        self._names = ModuleNames(module, context)
+        self.names = ModuleNames(module, context)
         own = {
-            *self._names.entries,
-            *self._names.extra_states,
-            *(name for h in self._names.hooked for name in h.state_names()),
+            *self.names.entries,
+            *self.names.extra_states,
+            *(name for h in self.names.hooked for name in h.state_names()),
         }
         self._elsewhere = _names_of_all_ranks(own, context) - own
         self._loaded = False
@@ -124,7 +129,7 @@ class ModuleWeights:
             load.finish()
         except BaseException as error:
             if self._loaded and load.has_written:
-                self._mark_mixed(error)
+                self.mark_mixed(f"{type(error).__name__}: {error}")
             raise
         self._loaded = True
         self._mark_loaded(load.filled)
@@ -152,13 +157,13 @@ class ModuleWeights:
                 initialize_layerwise_reload(layer)
             loaded = own(weights)
             for layer in packed:
-                finish_repacking(layer, self._names.numel_of(layer))
+                finish_repacking(layer, self.names.numel_of(layer))
             for layer in packed:
                 repack_tied(layer)
         except BaseException as error:
             leave_layerwise_reload(model)
             if self._loaded:
-                self._mark_mixed(error)
+                self.mark_mixed(f"{type(error).__name__}: {error}")
             raise
         if loaded is not None:
             self._mark_loaded(set(loaded))
@@ -171,13 +176,18 @@ class ModuleWeights:
         assert module is not None, "the module of these weights is gone"
         return module
 
-    def _mark_mixed(self, error: BaseException) -> None:
+    def mark_mixed(self, why: str) -> None:
+        """Make `require_whole` raise until every tensor was loaded anew."""
         if self._failure is None:
             self._stale = [
-                *(e.local_names for e in self._names.unique() if not e.optional),
-                *(hooked.local_names for hooked in self._names.hooked),
+                *(e.local_names for e in self.names.unique() if not e.optional),
+                *(hooked.local_names for hooked in self.names.hooked),
             ]
-        self._failure = f"{type(error).__name__}: {error}"
+        self._failure = why
+
+    def mark_whole(self) -> None:
+        """All tensors are of one checkpoint, or of one update."""
+        self._failure, self._stale = None, []
 
     def _mark_loaded(self, names: set[str]) -> None:
         self._stale = [tensor for tensor in self._stale if not tensor & names]
@@ -189,7 +199,7 @@ class _Load:
     """One load: what came, what does not fit, and what was written."""
 
     def __init__(self, weights: ModuleWeights, complete: bool, source: str) -> None:
-        self._names = weights._names
+        self._names = weights.names
         self._elsewhere = weights._elsewhere
         self._first = not weights._loaded
         self._complete = complete

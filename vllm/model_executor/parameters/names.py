@@ -84,6 +84,7 @@ class Entry:
         state_names: Those that the whole model's state dict has.
         local_names: The module's own names for it.
         optional: Whether a checkpoint may lack it.
+        hooked: Whether it lies in a submodule that only its own hooks can fill.
 
     """
 
@@ -93,6 +94,7 @@ class Entry:
     state_names: list[str] = field(default_factory=list)
     local_names: set[str] = field(default_factory=set)
     optional: bool = True
+    hooked: bool = False
 
     @property
     def name(self) -> str:
@@ -103,7 +105,8 @@ class ModuleNames:
     """What a checkpoint of `module` has to hold, by name.
 
     `entries` are tensors, by every name; `hooked` are submodules; `extra_states` are
-    modules with a `set_extra_state` of their own, by the name of that.
+    modules with a `set_extra_state` of their own, by the name of that. `held` are all
+    tensors in the module's order, those of hooked submodules included.
     """
 
     def __init__(self, module: nn.Module, context: ParallelContext) -> None:
@@ -119,8 +122,6 @@ class ModuleNames:
         by_id: dict[int, Entry] = {}
         for path, owner, leaf, tensor in tensors_of(module):
             local_name = f"{path}.{leaf}" if path else leaf
-            if local_name.startswith(inside):
-                continue
             entry = by_tensor.get(_identity(tensor))
             if entry is None:
                 layout = layout_of(tensor, owner, context)
@@ -130,28 +131,31 @@ class ModuleNames:
             place = Place(weakref.ref(owner), leaf)
             if place not in entry.places:
                 entry.places.append(place)
-            entry.optional &= _optional(owner, leaf, tensor)
+            entry.optional &= _is_made_by_vllm(owner, leaf)
             entry.local_names.add(local_name)
             entry.names.add(full_name(local_name, tensor))
+            entry.hooked |= local_name.startswith(inside)
+        self.held = list(by_tensor.values())
+        unhooked = [entry for entry in self.held if not entry.hooked]
         for name, tensor in state.items():
             entry = by_id.get(id(tensor))
-            if entry is None:
+            if entry is None or entry.hooked:
                 continue
             entry.local_names.add(name)
             entry.state_names.append(full_name(name, tensor))
-        for entry in by_tensor.values():
+        for entry in unhooked:
             entry.names.update(entry.state_names)
             entry.optional |= not entry.state_names
             for name in sorted(entry.names):
                 self.entries[name] = entry
         self._by_plain_name: dict[str, list[Entry]] = {}
-        for entry in by_tensor.values():
+        for entry in unhooked:
             for name in {without_wrappers(name) for name in entry.names}:
                 self._by_plain_name.setdefault(name, []).append(entry)
 
         self._leaves: WeakKeyDictionary[nn.Module, dict[str, Entry]]
         self._leaves = WeakKeyDictionary()
-        for entry in by_tensor.values():
+        for entry in unhooked:
             for place in () if entry.optional else entry.places:
                 self._leaves.setdefault(place.owner, {})[place.leaf] = entry
 
@@ -210,7 +214,7 @@ def is_vllm_layer(part: nn.Module) -> bool:
     )
 
 
-def _optional(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> bool:
+def _is_made_by_vllm(owner: nn.Module, leaf: str) -> bool:
     """Whether vLLM's layer made `tensor` for itself: a buffer, or a KV-cache scale."""
     if not is_vllm_layer(owner):
         return False

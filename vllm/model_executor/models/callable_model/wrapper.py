@@ -12,6 +12,7 @@ from torch import nn
 
 from vllm.compilation.registered_model import add_to_compile_hash
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.weight_transfer.registered_models import use_weight_sync
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.trainable_attention.engine_step import (
@@ -100,6 +101,7 @@ class CallableModelWrapper(nn.Module):
             )
         self._logits_seen = False
         self._attention_calls = AttentionCalls()
+        use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config)
         if vllm_config.model_config.enable_prompt_embeds:
             check_takes_embeddings(arch, module, self._forward_keywords)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What one rank holds of a model, as data that ranks of other programs can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm.model_executor.parameters.layout import Box, Layout
+from vllm.model_executor.parameters.names import ModuleNames, without_wrappers
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a rank's tensors are: the machine, the process, and the device.
+
+    `devices` are the identifiers of all devices that the process can reach.
+    """
+
+    machine: str
+    process: int
+    device: str
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a tensor.
+
+    Args:
+        names: All names that the whole model has for it, in a fixed order.
+        layout: The whole, and where this rank's part lies in it.
+        optional: Whether an update may leave it out.
+
+    """
+
+    names: tuple[str, ...]
+    layout: Layout
+    optional: bool = False
+
+
+@dataclass
+class Manifest:
+    """A rank's shards, in the order in which its module has them."""
+
+    location: Location
+    shards: list[Shard] = field(default_factory=list)
+
+    def to_bytes(self) -> bytes:
+        """Compressed JSON. Layouts that many tensors share are written once."""
+        layouts: dict[Layout, int] = {}
+        rows = [
+            [
+                shard.names,
+                layouts.setdefault(shard.layout, len(layouts)),
+                shard.optional,
+            ]
+            for shard in self.shards
+        ]
+        location = self.location
+        content = {
+            "location": [
+                location.machine,
+                location.process,
+                location.device,
+                location.devices,
+            ],
+            "layouts": [_layout_to_json(layout) for layout in layouts],
+            "shards": rows,
+        }
+        return zlib.compress(json.dumps(content).encode(), level=1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        content = json.loads(zlib.decompress(data))
+        machine, process, device, devices = content["location"]
+        layouts = [_layout_from_json(values) for values in content["layouts"]]
+        shards = [
+            Shard(tuple(names), layouts[index], optional)
+            for names, index, optional in content["shards"]
+        ]
+        return cls(Location(machine, process, device, tuple(devices)), shards)
+
+
+def manifest_of(names: ModuleNames, device: torch.device) -> Manifest:
+    """Of a module's tensors. Shard i is of `names.held[i]`."""
+    shards = [
+        Shard(
+            tuple(sorted({without_wrappers(name) for name in entry.names})),
+            _wanted(entry.layout),
+            entry.optional,
+        )
+        for entry in names.held
+    ]
+    return Manifest(location_of(device), shards)
+
+
+def _wanted(layout: Layout) -> Layout:
+    """All of a tensor whose parts only the layer's own loader knows."""
+    if layout.boxes:
+        return layout
+    zeros = (0,) * len(layout.shape)
+    box = Box(zeros, zeros, tuple(layout.shape))
+    return Layout(layout.shape, layout.shape, layout.dtype, (box,))
+
+
+def location_of(device: torch.device) -> Location:
+    """Where this process holds tensors of `device`."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text().strip() if boot.exists() else ""
+    machine = f"{socket.gethostname()}/{machine}"
+    if device.type != "cuda":
+        return Location(machine, os.getpid(), device.type, (device.type,))
+    uuids = [
+        str(torch.cuda.get_device_properties(index).uuid)
+        for index in range(torch.cuda.device_count())
+    ]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return Location(machine, os.getpid(), uuids[index], tuple(uuids))
+
+
+def _layout_to_json(layout: Layout) -> list[Any]:
+    boxes = [[box.local, box.whole, box.sizes] for box in layout.boxes]
+    dtype = str(layout.dtype).removeprefix("torch.")
+    return [tuple(layout.shape), tuple(layout.local_shape), dtype, boxes]
+
+
+def _layout_from_json(values: list[Any]) -> Layout:
+    shape, local_shape, dtype, boxes = values
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(
+            f"A tensor's dtype is {dtype!r}, which this PyTorch does not have. Use the "
+            "same PyTorch release in the trainer and in the engine."
+        )
+    return Layout(
+        torch.Size(shape),
+        torch.Size(local_shape),
+        kind,
+        tuple(Box(*(tuple(values) for values in box)) for box in boxes),
+    )

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Memory that processes of one machine share, and how they wait for each other."""
+
+from __future__ import annotations
+
+import base64
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+PAUSE_S = 20e-6  # between two looks at a counter
+CHECK_S = 0.2  # between two looks whether the other process is there
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class SharedMemory:
+    """Bytes that another process of the same user can map by a path.
+
+    They have no name in any file system: when all processes that mapped them have
+    ended, however they end, nothing is left.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._fd = os.memfd_create("vllm-weight-sync")
+        os.ftruncate(self._fd, size)
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        self.tensor = _map(self._fd)
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory stays while a tensor refers to it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def map_shared(path: str) -> torch.Tensor:
+    """The bytes of another process's `SharedMemory`, uint8 `[size]`."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return _map(fd)
+    finally:
+        os.close(fd)
+
+
+def _map(fd: int) -> torch.Tensor:
+    size = os.fstat(fd).st_size
+    return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a source and its targets tell each other, in shared memory.
+
+    Args:
+        filled: int64 `[1]`. It grows by one when tensors may be read where they lie,
+            and by one for each bucket; `-n` if update n was given up.
+        exported: int64 `[1]`, the update in which tensors were last exported.
+        emptied: int64 `[readers]`, as `filled`, of what each target has read.
+        checksums: int64 `[blocks]`, of what was sent last.
+
+    """
+
+    filled: torch.Tensor
+    exported: torch.Tensor
+    emptied: torch.Tensor
+    checksums: torch.Tensor
+
+    @staticmethod
+    def size(readers: int, blocks: int) -> int:
+        return 8 * (2 + readers + blocks)
+
+    @classmethod
+    def view(cls, memory: torch.Tensor, readers: int, blocks: int) -> Progress:
+        numbers = memory[: cls.size(readers, blocks)].view(torch.int64)
+        return cls(*numbers.split([1, 1, readers, blocks]))
+
+
+def wait_until(
+    ready: Callable[[], bool], deadline: float, what: str, processes: Iterable[int]
+) -> None:
+    """Look again and again until `ready()`.
+
+    Raises:
+        TimeoutError: it was not by `deadline`, of `time.monotonic()`.
+        ConnectionError: one of `processes`, of this machine, has ended.
+
+    """
+    pause, waited = PAUSE_S, 0.0
+    while not ready():
+        time.sleep(pause)
+        waited += pause
+        pause = min(2 * pause, 1e-3)
+        if waited > CHECK_S:
+            waited = 0.0
+            require_running(processes)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Waited in vain for {what}.")
+
+
+def require_running(processes: Iterable[int]) -> None:
+    """Raise ConnectionError if one of `processes` of this machine has ended."""
+    for process in processes:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+        except FileNotFoundError:
+            state = " Z"
+        if state.split()[0] in ("Z", "X"):
+            raise ConnectionError(f"Process {process} at the other end has ended.")
+
+
+def checksum(block: torch.Tensor) -> torch.Tensor:
+    """The sum of a block's bits as integers, int64 `[]`, in any order of elements."""
+    bits = _INTEGERS[block.dtype.itemsize]
+    return block.view(bits).sum(dtype=torch.int64)
+
+
+def export_cuda(tensor: torch.Tensor) -> dict[str, Any]:
+    """What another process needs to map `tensor`, as JSON."""
+    _, arguments = reduce_tensor(tensor)
+    (_, size, stride, offset, _, dtype, _, handle, nbytes, start, _, *counters) = (
+        arguments
+    )
+    return {
+        "size": list(size),
+        "stride": list(stride),
+        "offset": offset,
+        "dtype": str(dtype).removeprefix("torch."),
+        "handle": _encoded(handle),
+        "nbytes": nbytes,
+        "start": start,
+        "counters": [_encoded(counter) for counter in counters],
+    }
+
+
+def import_cuda(exported: dict[str, Any], device: int) -> torch.Tensor:
+    """The tensor that `export_cuda` of another process describes, on `device`."""
+    return rebuild_cuda_tensor(
+        torch.Tensor,
+        torch.Size(exported["size"]),
+        tuple(exported["stride"]),
+        exported["offset"],
+        torch.UntypedStorage,
+        getattr(torch, exported["dtype"]),
+        device,
+        _decoded(exported["handle"]),
+        exported["nbytes"],
+        exported["start"],
+        False,
+        *(_decoded(counter) for counter in exported["counters"]),
+    )
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    return base64.b64decode(value["base64"]) if isinstance(value, dict) else value

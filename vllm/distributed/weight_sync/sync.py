@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""`WeightSync`, the trainer's side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from vllm.distributed.weight_sync.clients import Mode, client_of
+from vllm.distributed.weight_sync.manifest import manifest_of
+from vllm.distributed.weight_sync.memory import require_running
+from vllm.distributed.weight_sync.plan import Plan
+from vllm.distributed.weight_sync.rendezvous import Rendezvous, address_towards
+from vllm.distributed.weight_sync.sender import Sender
+from vllm.distributed.weight_sync.traffic import outgoing
+from vllm.entrypoints.llm import LLM
+from vllm.logger import init_logger
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.names import ModuleNames
+from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = init_logger(__name__)
+
+BUCKET_BYTES = 64 << 20
+TIMEOUT_S = 600.0
+
+Engines = LLM | AsyncLLM | str | Sequence[str]
+
+
+class WeightSync:
+    """Brings a trainer's weights into running engines of the same registered callable.
+
+        sync = WeightSync(model, llm)
+        version = sync.update()
+
+    Every rank of the trainer makes one and calls `update`; the first rank's `engine`
+    is the one that is used. Each engine rank gets its own parts of the tensors, from
+    trainer ranks that have them, rounded to the engine's dtype. After `update` the
+    engine answers with the new weights; if it raises, with the old ones.
+
+    Args:
+        model: What trains: a plain module, or one with DTensors, with Megatron's
+            layers, with vLLM's, or divided by plans.
+        engine: An `LLM`, an `AsyncLLM`, or URLs of servers that run with
+            `VLLM_SERVER_DEV_MODE=1`.
+        parallel_context: Which part of the model this rank has, if it has layers of
+            Megatron's or a plan's. Others know it themselves.
+        mode: What happens to requests that are running: "keep" lets them go on with
+            the new weights, "wait" waits for their end, "abort" ends them.
+        staging: "shard" receives beside the weights that serve, while they serve.
+            "none" pauses first and writes into them; if that fails, the engine refuses
+            requests until an update succeeds.
+        bucket_bytes: How much of a rank's tensors is copied at a time.
+        timeout: Seconds for any wait.
+
+    Raises:
+        TypeError: `engine` is none of these.
+        ValueError: names or shapes of the two sides differ.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engines | None,
+        *,
+        parallel_context: ParallelContext | None = None,
+        mode: Mode = "keep",
+        staging: Literal["shard", "none"] = "shard",
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout: float = TIMEOUT_S,
+    ) -> None:
+        if staging not in ("shard", "none"):
+            raise ValueError(
+                f'WeightSync got staging={staging!r}; expected "shard" or "none".'
+            )
+        several = dist.is_initialized()
+        self._rank = dist.get_rank() if several else 0
+        self._ranks = dist.get_world_size() if several else 1
+        self._engines = _as_list(engine) if self._rank == 0 else []
+        self._clients = [client_of(each, timeout) for each in self._engines]
+        self._names = ModuleNames(model, parallel_context or ParallelContext())
+        self._device = next(model.parameters()).device
+        self._mode: Mode = mode
+        self._staged = staging == "shard"
+        self._bucket_bytes = bucket_bytes
+        self._timeout = timeout
+        self._version = 0
+        self._processes: list[int] = []
+        self._rendezvous: Rendezvous | None = None
+        self._sender: Sender | None = None
+
+    def update(self) -> int:
+        """Bring the weights as they are now into the engines.
+
+        Returns:
+            The number of the update, from 1: the engines' weight version.
+
+        Raises:
+            RuntimeError: it failed, on any rank or engine; the text says how. The old
+                weights serve on, or with `staging="none"` none.
+
+        """
+        if self._sender is None:
+            self._meet()
+        assert self._rendezvous is not None and self._sender is not None
+        self._version += 1
+        update = self._version
+        failure = ""
+        try:
+            if self._rank == 0:
+                self._begin(update)
+            self._sender.send(update)
+        except Exception as error:
+            failure = f"trainer rank {self._rank}: {type(error).__name__}: {error}"
+            cause: Exception | None = error
+        else:
+            cause = None
+        self._rendezvous.set(f"sent/{update}/{self._rank}", failure)
+        if self._rank == 0:
+            self._end(update)
+        failure = self._rendezvous.get(f"done/{update}")
+        if failure:
+            raise RuntimeError(
+                f"Update {update} of the weights failed: {failure}"
+            ) from cause
+        return update
+
+    def close(self) -> None:
+        """Give back what was shared with the engines."""
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = self._rendezvous = None
+
+    # ---- All ranks
+
+    def _meet(self) -> None:
+        """Let the ranks of both sides tell each other what they hold."""
+        address: list[tuple[str, int] | None] = [None]
+        sizes = [client.size() for client in self._clients]
+        if self._rank == 0:
+            urls = [each for each in self._engines if isinstance(each, str)]
+            self._rendezvous = Rendezvous(address_towards(urls), 0, self._timeout)
+            address = [self._rendezvous.address]
+        if self._ranks > 1:
+            dist.broadcast_object_list(address, src=0)
+        if self._rendezvous is None:
+            assert address[0] is not None
+            self._rendezvous = Rendezvous(*address[0], self._timeout)
+        rendezvous = self._rendezvous
+        manifest = manifest_of(self._names, self._device)
+        rendezvous.set_manifest("trainer", self._rank, manifest)
+        if self._rank == 0:
+            rendezvous.set("sizes", sizes)
+            self._init_engines(sizes)
+        engine_ranks = sum(rendezvous.get("sizes"))
+        sources = rendezvous.get_manifests("trainer", self._ranks)
+        targets = rendezvous.get_manifests("engine", engine_ranks)
+        self._processes = [
+            target.location.process
+            for target in targets
+            if target.location.machine == manifest.location.machine
+        ]
+        self._engine_ranks = engine_ranks
+        plan = Plan(sources, targets)
+        traffic = outgoing(plan, sources, targets, self._bucket_bytes)
+        self._sender = Sender(
+            self._rank, self._names.held, traffic[self._rank], targets, rendezvous
+        )
+
+    # ---- The first rank
+
+    def _init_engines(self, sizes: list[int]) -> None:
+        assert self._rendezvous is not None
+        host, port = self._rendezvous.address
+        for number, client in enumerate(self._clients):
+            client.init(
+                {
+                    "host": host,
+                    "port": port,
+                    "first_rank": sum(sizes[:number]),
+                    "engine_ranks": sum(sizes),
+                    "trainer_ranks": self._ranks,
+                    "bucket_bytes": self._bucket_bytes,
+                    "staged": self._staged,
+                    "timeout": self._timeout,
+                }
+            )
+
+    def _begin(self, update: int) -> None:
+        if not self._staged:
+            for client in self._clients:
+                client.pause(self._mode)
+        for client in self._clients:
+            client.begin(update)
+
+    def _end(self, update: int) -> None:
+        """Let all engines commit, or none, and tell all ranks of the trainer."""
+        assert self._rendezvous is not None
+        rendezvous = self._rendezvous
+        failures = self._collect(update)
+        rendezvous.set(f"verdict/{update}", not failures)
+        try:
+            for client in self._clients if self._staged else ():
+                client.pause(self._mode)
+            for client in self._clients:
+                client.finish(str(update))
+            for client in self._clients:
+                client.clear_caches()
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+        if self._staged or not failures:
+            for client in self._clients:
+                client.resume()
+        rendezvous.set(f"done/{update}", "; ".join(failures))
+
+    def _collect(self, update: int) -> list[str]:
+        """What every rank of both sides says of an update, if it is not well."""
+        assert self._rendezvous is not None
+        keys = [f"sent/{update}/{rank}" for rank in range(self._ranks)]
+        keys += [f"received/{update}/{rank}" for rank in range(self._engine_ranks)]
+        failures = []
+        for key in keys:
+            try:
+                said = self._rendezvous.get(
+                    key, lambda: require_running(self._processes)
+                )
+            except (ConnectionError, TimeoutError) as error:
+                said = str(error)
+                failures.append(said)
+                break
+            if said:
+                failures.append(said)
+        return failures
+
+
+def _as_list(engine: Engines | None) -> list[LLM | AsyncLLM | str]:
+    if engine is None or isinstance(engine, (LLM, AsyncLLM, str)):
+        return [engine]  # type: ignore[list-item]
+    return list(engine)

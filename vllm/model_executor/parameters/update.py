@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""New values for the parts of tensors that this rank holds, all at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vllm.model_executor.parameters.layout import Layout
+from vllm.model_executor.parameters.load import ModuleWeights
+from vllm.model_executor.parameters.names import Entry
+from vllm.model_executor.parameters.reload import (
+    is_loaded_in_place,
+    is_packed,
+    repack,
+)
+
+HOST_ROOM = 1.1  # staging lies on the host unless the device has so much more than it
+
+
+class LocalUpdate:
+    """Where an update of all tensors is put, until it becomes the model's weights.
+
+    Args:
+        weights: The module's.
+        layouts: Which part of each of `weights.names.held` arrives.
+        staged: Keep what arrives aside until `commit`. Otherwise it is written at
+            once, and the model is not served until `commit`; only layers that have
+            packed their weights are still kept aside.
+
+    """
+
+    def __init__(
+        self, weights: ModuleWeights, layouts: list[Layout], staged: bool
+    ) -> None:
+        self._weights = weights
+        self._entries = weights.names.held
+        self._layouts = layouts
+        self._staged = staged
+        self._rooms: dict[int, torch.Tensor] = {}  # by index of the entry
+        self._device: torch.device | None = None
+
+    def begin(self) -> None:
+        """From now on, `room` is written to."""
+        if not self._staged:
+            self._weights.mark_mixed("an update of the weights has not ended")
+
+    def room(self, index: int) -> torch.Tensor:
+        """A tensor of the local shape for one entry, whose blocks are to be filled."""
+        if index not in self._rooms:
+            entry, layout = self._entries[index], self._layouts[index]
+            local = entry.places[0].local_tensor
+            if self._staged or local is None or _packs(entry):
+                self._rooms[index] = torch.empty(
+                    layout.local_shape,
+                    dtype=layout.dtype,
+                    device=self._staging_device(entry),
+                )
+            else:
+                self._rooms[index] = local
+        return self._rooms[index]
+
+    def check_finite(self) -> None:
+        """Raise ValueError that names tensors with an infinity or no number."""
+        rooms = {
+            index: room
+            for index, room in self._rooms.items()
+            if room.is_floating_point() and room.numel()
+        }
+        if not rooms:
+            return
+        # A sum reads each element once and makes no tensor of its size.
+        sums = torch.stack(
+            [room.sum(dtype=torch.float32).to("cpu") for room in rooms.values()]
+        )
+        found = [
+            self._entries[index].name
+            for (index, room), total in zip(rooms.items(), sums, strict=True)
+            if not torch.isfinite(total) and not torch.isfinite(room).all()
+        ]
+        if found:
+            raise ValueError(
+                f"{len(found)} tensors have values that are not finite: "
+                f"{', '.join(found[:8])}. Look at the trainer's loss and gradients."
+            )
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Make what arrived the model's weights, in place."""
+        self._weights.mark_mixed("an update of the weights failed half-way")
+        packed: dict[nn.Module, dict[str, int]] = {}
+        for index, room in self._rooms.items():
+            entry, layout = self._entries[index], self._layouts[index]
+            written: set[int] = set()
+            for place in entry.places:
+                owner, leaf = place.at
+                if is_packed(owner) and not is_loaded_in_place(owner, leaf):
+                    packed.setdefault(owner, {})[leaf] = index
+                    continue
+                local = place.local_tensor
+                if local is None or local is room or local.data_ptr() in written:
+                    continue
+                written.add(local.data_ptr())
+                for box, part in layout.parts_of(local):
+                    part.copy_(box.of_local(room))
+        for owner, leaves in packed.items():
+            repack(owner, {leaf: self._whole(index) for leaf, index in leaves.items()})
+        self._weights.mark_whole()
+
+    def discard(self) -> None:
+        """Forget what arrived. A model that was written to stays refused."""
+        if not self._staged:
+            self._rooms.clear()
+
+    def _whole(self, index: int) -> torch.Tensor:
+        """A whole tensor for a layer's loader, which reads this rank's part of it."""
+        layout, room = self._layouts[index], self._rooms[index]
+        whole = room.new_empty(layout.shape)
+        for box, part in layout.parts_of(room):
+            box.of_whole(whole).copy_(part)
+        return whole
+
+    def _staging_device(self, entry: Entry) -> torch.device:
+        if self._device is None:
+            tensor = next(
+                local
+                for held in self._entries
+                for place in held.places
+                if (local := place.local_tensor) is not None and local.numel()
+            )
+            self._device = tensor.device
+            if tensor.is_cuda:
+                needed = sum(
+                    layout.local_shape.numel() * layout.dtype.itemsize
+                    for layout in self._layouts
+                )
+                free, _ = torch.cuda.mem_get_info(tensor.device)
+                if free < HOST_ROOM * needed:
+                    self._device = torch.device("cpu")
+        return self._device
+
+
+def _packs(entry: Entry) -> bool:
+    return any(
+        is_packed(place.owner) and not is_loaded_in_place(*place.at)
+        for place in entry.places
+    )
