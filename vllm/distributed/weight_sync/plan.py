@@ -12,7 +12,6 @@ is computed once for each of these ways.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -67,11 +66,22 @@ class _Part:
 
 @dataclass
 class _Tensor:
-    """A tensor of the model: its shard on every rank that has one."""
+    """A tensor of the model: by rank, the shard there and its index in the manifest."""
 
     name: str
-    sources: list[tuple[int, int, Shard]] = field(default_factory=list)
-    targets: list[tuple[int, int, Shard]] = field(default_factory=list)
+    sources: dict[int, tuple[int, Shard]] = field(default_factory=dict)
+    targets: dict[int, tuple[int, Shard]] = field(default_factory=dict)
+
+
+class _Route:
+    """What goes where of all tensors that are divided in one way."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self.parts = parts
+        self.by_source: dict[int, list[_Part]] = {}
+        for part in parts:
+            for source in {rank for rank, _ in part.sources}:
+                self.by_source.setdefault(source, []).append(part)
 
 
 class Plan:
@@ -91,39 +101,42 @@ class Plan:
         # By what divides a tensor on all ranks. Hashing a layout is slow: by its id.
         known: dict[Layout, int] = {}
         ids: dict[int, int] = {}
-        routes: dict[tuple[tuple[int, int], ...], list[_Part]] = {}
-        self._parts: list[list[_Part]] = []
+        routes: dict[object, _Route] = {}
+        self._routes: list[_Route] = []
         for tensor in self._tensors:
             key = []
-            for rank, _, shard in itertools.chain(tensor.sources, tensor.targets):
-                layout = shard.layout
-                if id(layout) not in ids:
-                    ids[id(layout)] = known.setdefault(layout, len(known))
-                key.append((rank, ids[id(layout)]))
-            key.append((len(tensor.sources), -1))
+            for side in (tensor.sources, tensor.targets):
+                for rank, (_, shard) in side.items():
+                    layout = shard.layout
+                    if id(layout) not in ids:
+                        ids[id(layout)] = known.setdefault(layout, len(known))
+                    key += [rank, ids[id(layout)]]
+                key.append(-1)
             signature = tuple(key)
             if signature not in routes:
-                routes[signature] = self._route(tensor)
-            self._parts.append(routes[signature])
+                routes[signature] = _Route(self._parts_of(tensor))
+            self._routes.append(routes[signature])
 
-    def to(self, target: int) -> list[Piece]:
-        """What one target rank gets, in the order of its tensors."""
-        return [piece for piece in self.pieces() if piece.target == target]
+    def pieces(self, source: int | None = None) -> Iterator[Piece]:
+        """All pieces, or those of one source, tensor by tensor.
 
-    def pieces(self) -> Iterator[Piece]:
-        """All pieces, tensor by tensor. Ranks that hold the same take turns."""
-        for turn, (tensor, parts) in enumerate(
-            zip(self._tensors, self._parts, strict=True)
+        Ranks that hold the same take turns.
+        """
+        for turn, (tensor, route) in enumerate(
+            zip(self._tensors, self._routes, strict=True)
         ):
-            source_shards = {rank: shard for rank, shard, _ in tensor.sources}
-            target_shards = {rank: (n, shard) for rank, n, shard in tensor.targets}
+            parts = route.parts
+            if source is not None:
+                parts = route.by_source.get(source, [])
             for part in parts:
-                source, start = part.sources[(turn + part.target) % len(part.sources)]
-                index, shard = target_shards[part.target]
+                chosen, start = part.sources[(turn + part.target) % len(part.sources)]
+                if source is not None and chosen != source:
+                    continue
+                index, shard = tensor.targets[part.target]
                 yield Piece(
-                    source,
+                    chosen,
                     part.target,
-                    source_shards[source],
+                    tensor.sources[chosen][0],
                     index,
                     start,
                     part.target_start,
@@ -135,7 +148,7 @@ class Plan:
         """How many bytes an update moves in all."""
         return sum(piece.nbytes for piece in self.pieces())
 
-    def _route(self, tensor: _Tensor) -> list[_Part]:
+    def _parts_of(self, tensor: _Tensor) -> list[_Part]:
         """Which blocks each target gets of one tensor, and who has them.
 
         Raises:
@@ -144,14 +157,13 @@ class Plan:
         """
         # By block of the whole: the ranks that hold it, and where.
         holders: dict[tuple[Offsets, Offsets], list[tuple[int, Offsets]]] = {}
-        for rank, _, shard in tensor.sources:
+        for rank, (_, shard) in tensor.sources.items():
             for box in shard.layout.boxes:
                 if box.numel():
-                    holders.setdefault((box.whole, box.sizes), []).append(
-                        (rank, box.local)
-                    )
+                    ranks = holders.setdefault((box.whole, box.sizes), [])
+                    ranks.append((rank, box.local))
         parts = []
-        for target, _, shard in tensor.targets:
+        for target, (_, shard) in tensor.targets.items():
             for box in shard.layout.boxes:
                 missing = [_Block(box.whole, box.sizes)] if box.numel() else []
                 for (start, sizes), ranks in holders.items():
@@ -162,17 +174,12 @@ class Plan:
                             rest.append(block)
                             continue
                         rest += block.without(common)
-                        parts.append(
-                            _Part(
-                                target,
-                                _moved(common.start, box.whole, box.local),
-                                common.sizes,
-                                tuple(
-                                    (rank, _moved(common.start, start, local))
-                                    for rank, local in self._nearest(ranks, target)
-                                ),
-                            )
+                        moved = _moved(common.start, box.whole, box.local)
+                        nearest = tuple(
+                            (rank, _moved(common.start, start, local))
+                            for rank, local in self._nearest(ranks, target)
                         )
+                        parts.append(_Part(target, moved, common.sizes, nearest))
                     missing = rest
                 if missing:
                     raise ValueError(
@@ -256,30 +263,28 @@ def _match(sources: Sequence[Manifest], targets: Sequence[Manifest]) -> list[_Te
                 tensor = _Tensor(shard.names[0])
                 tensors.append(tensor)
             by_name.update(dict.fromkeys(shard.names, tensor))
-            tensor.targets.append((rank, index, shard))
+            tensor.targets[rank] = (index, shard)
     surplus: dict[str, None] = {}
+    untied: dict[str, None] = {}
     for rank, manifest in enumerate(sources):
         for index, shard in enumerate(manifest.shards):
-            for name in shard.names:
-                if (tensor := by_name.get(name)) is not None:
-                    if all(rank != other for other, _, _ in tensor.sources):
-                        tensor.sources.append((rank, index, shard))
-                elif not shard.optional and not by_name.keys() & set(shard.names):
-                    surplus[name] = None
+            known = [by_name[name] for name in shard.names if name in by_name]
+            if not known and not shard.optional:
+                surplus[shard.names[0]] = None
+            for tensor in known:
+                held = tensor.sources.setdefault(rank, (index, shard))
+                if held[0] != index:  # two tensors here, and one in the engine
+                    untied[f"{held[1].names[0]} and {shard.names[0]}"] = None
     missing, misshaped = [], []
     for tensor in tensors:
         if not tensor.sources:
-            if not all(shard.optional for _, _, shard in tensor.targets):
+            if not all(shard.optional for _, shard in tensor.targets.values()):
                 missing.append(tensor.name)
             continue
-        shapes = {
-            tuple(shard.layout.shape): side
-            for side, shards in (
-                ("engine", tensor.targets),
-                ("trainer", tensor.sources),
-            )
-            for _, _, shard in shards
-        }
+        shapes: dict[torch.Size, str] = {}
+        for side, shards in (("engine", tensor.targets), ("trainer", tensor.sources)):
+            for _, shard in shards.values():
+                shapes.setdefault(shard.layout.shape, side)
         if len(shapes) > 1:
             found = ", ".join(f"{list(s)} in the {side}" for s, side in shapes.items())
             misshaped.append(f"{tensor.name} ({found})")
@@ -287,6 +292,7 @@ def _match(sources: Sequence[Manifest], targets: Sequence[Manifest]) -> list[_Te
         "missing in the trainer": missing,
         "missing in the engine": list(surplus),
         "of another shape": misshaped,
+        "tied in the engine and not in the trainer": list(untied),
     }
     found = "; ".join(
         f"{len(names)} {problem}: {', '.join(names[:LISTED])}"

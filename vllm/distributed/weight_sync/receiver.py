@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from vllm.distributed.weight_sync.manifest import Manifest
+from vllm.distributed.weight_sync.manifest import Location
 from vllm.distributed.weight_sync.memory import (
     Progress,
     checksum,
@@ -18,13 +18,12 @@ from vllm.distributed.weight_sync.memory import (
     map_shared,
     wait_until,
 )
-from vllm.distributed.weight_sync.plan import Piece
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.sender import LOCAL
-from vllm.distributed.weight_sync.traffic import Block, Outgoing
+from vllm.distributed.weight_sync.traffic import Copy, Ring
 from vllm.model_executor.parameters.names import Entry
 
-Room = Callable[[Piece], torch.Tensor]
+Room = Callable[[Copy], torch.Tensor]
 
 
 class Receiver:
@@ -33,47 +32,37 @@ class Receiver:
     Args:
         rank: The engine rank's number.
         source: The trainer rank's number.
-        outgoing: What that sends.
-        manifest: What it holds.
-        rendezvous: Where it says what to map.
+        location: Where that is.
+        rendezvous: Where it says what to map, and what to copy.
 
     """
 
     def __init__(
-        self,
-        rank: int,
-        source: int,
-        outgoing: Outgoing,
-        manifest: Manifest,
-        rendezvous: Rendezvous,
+        self, rank: int, source: int, location: Location, rendezvous: Rendezvous
     ) -> None:
-        self._rank = rank
         self._source = source
-        self._outgoing = outgoing
-        self._location = manifest.location
+        self._location = location
         self._rendezvous = rendezvous
-        self._direct = self._mine(outgoing.direct)
         self._tensors: dict[int, torch.Tensor] = {}  # by shard, mapped
         self._exported = 0
         address = rendezvous.get(f"address/{source}")
-        counters = map_shared(address["counters"])
-        readers = len(outgoing.readers)
-        self._progress = Progress.view(counters, readers, outgoing.blocks)
-        self._reads_buckets = rank in outgoing.readers
-        if self._reads_buckets:
-            self._emptied = self._progress.emptied[outgoing.readers.index(rank)]
-            if "device_ring" in address:
-                self._ring = import_cuda(address["device_ring"], self._device())
-            else:
-                self._ring = map_shared(address["ring"])
-
-    def _mine(self, blocks: Sequence[Block]) -> list[tuple[Block, Piece]]:
-        return [
-            (block, piece)
-            for block in blocks
-            for piece in block.pieces
-            if piece.target == self._rank
+        self._ring = ring = Ring(**address["ring"])
+        self.copies = [
+            Copy.from_json(values)
+            for values in rendezvous.get(f"copies/{source}/{rank}")
         ]
+        self._by_bucket: dict[int, list[Copy]] = {}
+        for copy in self.copies:
+            self._by_bucket.setdefault(copy.bucket, []).append(copy)
+        counters = map_shared(address["counters"])
+        self._progress = Progress.view(counters, len(ring.readers), ring.blocks)
+        self._reads_buckets = rank in ring.readers
+        if self._reads_buckets:
+            self._emptied = self._progress.emptied[list(ring.readers).index(rank)]
+            if "device_buckets" in address:
+                self._buckets = import_cuda(address["device_buckets"], self._device())
+            else:
+                self._buckets = map_shared(address["buckets"])
 
     @torch.no_grad()
     def receive(self, update: int, room: Room) -> None:
@@ -85,33 +74,32 @@ class Receiver:
             ConnectionError: the trainer gave up, or its process has ended.
 
         """
-        outgoing = self._outgoing
-        last = outgoing.first_tick(update + 1)
+        ring = self._ring
         deadline = time.monotonic() + self._rendezvous.timeout
-        tick = outgoing.first_tick(update) + 1
+        tick = ring.first_tick(update) + 1
         try:
             self._wait_for(tick, update, deadline)
-            self._receive_direct(room)
-            for number, bucket in enumerate(
-                outgoing.buckets if self._reads_buckets else ()
-            ):
+            self._receive_direct(self._by_bucket.get(-1, []), room)
+            for number in range(ring.buckets if self._reads_buckets else 0):
                 tick += 1
                 self._wait_for(tick, update, deadline)
-                slot = outgoing.slot(self._ring, number)
-                mine = self._mine(bucket)
-                self._copy(mine, [block.of_bucket(slot) for block, _ in mine], room)
+                slot = ring.slot(self._buckets, number)
+                copies = self._by_bucket.get(number, [])
+                parts = [copy.block.of_bucket(slot) for copy in copies]
+                self._copy(copies, parts, room)
                 self._emptied.fill_(tick)
         finally:
             if self._reads_buckets:  # also if this failed: the trainer need not wait
-                self._emptied.fill_(last)
+                self._emptied.fill_(ring.first_tick(update + 1))
 
-    def _receive_direct(self, room: Room) -> None:
-        if not self._direct:
+    def _receive_direct(self, copies: list[Copy], room: Room) -> None:
+        if not copies:
             return
         if self._location.process == os.getpid():
             entries = LOCAL[self._rendezvous.address[1], self._source]
-            for block, piece in self._direct:
-                room(piece).copy_(block.of_source(_local(entries[block.shard])))
+            for copy in copies:
+                part = copy.block.of_source(_local(entries[copy.shard]))
+                room(copy).copy_(part)
             return
         exported = int(self._progress.exported)
         if exported != self._exported:
@@ -122,33 +110,26 @@ class Receiver:
                 for shard, values in found.items()
             }
             self._exported = exported
-        parts = [
-            block.of_source(self._tensors[block.shard]) for block, _ in self._direct
-        ]
-        self._copy(self._direct, parts, room)
+        parts = [copy.block.of_source(self._tensors[copy.shard]) for copy in copies]
+        self._copy(copies, parts, room)
 
-    def _copy(
-        self,
-        mine: list[tuple[Block, Piece]],
-        parts: list[torch.Tensor],
-        room: Room,
-    ) -> None:
+    def _copy(self, copies: list[Copy], parts: list[torch.Tensor], room: Room) -> None:
         """Copy, and compare with what was sent."""
-        if not mine:
+        if not copies:
             return
         sums = []
-        for (_, piece), part in zip(mine, parts, strict=True):
-            place = room(piece)
+        for copy, part in zip(copies, parts, strict=True):
+            place = room(copy)
             place.copy_(part)
             sums.append(checksum(place))
-        indices = torch.tensor([block.index for block, _ in mine])
+        indices = torch.tensor([copy.index for copy in copies])
         found = torch.stack(sums).to("cpu")  # waits for the device
         differ = (found != self._progress.checksums[indices]).nonzero().flatten()
         if len(differ):
             raise ValueError(
-                f"{len(differ)} of {len(mine)} blocks from trainer rank {self._source} "
-                "did not arrive as they were sent. Do not change the model's weights "
-                "before WeightSync.update() returns."
+                f"{len(differ)} of {len(copies)} blocks from trainer rank "
+                f"{self._source} did not arrive as they were sent. Do not change the "
+                "model's weights before WeightSync.update() returns."
             )
 
     def _wait_for(self, tick: int, update: int, deadline: float) -> None:

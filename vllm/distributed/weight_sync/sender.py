@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Sender:
         self._entries = entries
         self._outgoing = outgoing
         self._rendezvous = rendezvous
-        self._processes = {targets[r].location.process for r in outgoing.readers}
+        ring = self._ring = outgoing.ring
+        self._processes = {targets[r].location.process for r in ring.readers}
         here = {r for r, m in enumerate(targets) if m.location.process == os.getpid()}
         self._shown = [
             block
@@ -60,14 +62,15 @@ class Sender:
         ]
         self._exported: list[int] = []  # addresses
 
-        readers, blocks = len(outgoing.readers), outgoing.blocks
-        counters = SharedMemory(Progress.size(readers, blocks))
-        self._progress = Progress.view(counters.tensor, readers, blocks)
+        counters = SharedMemory(Progress.size(len(ring.readers), ring.blocks))
+        self._progress = Progress.view(counters.tensor, len(ring.readers), ring.blocks)
         self._memories = [counters]
-        address: dict[str, Any] = {"counters": counters.path}
+        address: dict[str, Any] = {"counters": counters.path, "ring": asdict(ring)}
         if outgoing.buckets:
-            self._ring = self._make_ring(address)
+            self._buckets = self._make_buckets(address)
         rendezvous.set(f"address/{rank}", address)
+        for target in range(len(targets)):
+            rendezvous.set(f"copies/{rank}/{target}", outgoing.copies(target))
         LOCAL[rendezvous.address[1], rank] = entries
 
     def close(self) -> None:
@@ -86,7 +89,7 @@ class Sender:
         """
         progress, outgoing = self._progress, self._outgoing
         deadline = time.monotonic() + self._rendezvous.timeout
-        tick = outgoing.first_tick(update)
+        tick = self._ring.first_tick(update)
         progress.emptied.fill_(tick)  # of an update that was given up, not all was read
         try:
             self._show(update)
@@ -99,7 +102,7 @@ class Sender:
                     "an engine to read what was sent",
                     self._processes,
                 )
-                slot = outgoing.slot(self._ring, number)
+                slot = self._ring.slot(self._buckets, number)
                 sent = [block.of_bucket(slot) for block in bucket]
                 for block, room in zip(bucket, sent, strict=True):
                     room.copy_(block.of_source(self._local(block)))
@@ -141,14 +144,14 @@ class Sender:
         assert tensor is not None, "a tensor was removed from the trainer's module"
         return tensor.detach()
 
-    def _make_ring(self, address: dict[str, Any]) -> torch.Tensor:
-        size = self._outgoing.bucket_bytes * SLOTS
+    def _make_buckets(self, address: dict[str, Any]) -> torch.Tensor:
+        size = self._ring.bucket_bytes * SLOTS
         if self._outgoing.on_device:
             device = self._local(self._outgoing.buckets[0][0]).device
-            ring = torch.empty(size, dtype=torch.uint8, device=device)
-            address["device_ring"] = export_cuda(ring)
-            return ring
+            buckets = torch.empty(size, dtype=torch.uint8, device=device)
+            address["device_buckets"] = export_cuda(buckets)
+            return buckets
         memory = SharedMemory(size)
         self._memories.append(memory)
-        address["ring"] = memory.path
+        address["buckets"] = memory.path
         return memory.tensor

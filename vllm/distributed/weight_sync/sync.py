@@ -16,7 +16,7 @@ from vllm.distributed.weight_sync.memory import require_running
 from vllm.distributed.weight_sync.plan import Plan
 from vllm.distributed.weight_sync.rendezvous import Rendezvous, address_towards
 from vllm.distributed.weight_sync.sender import Sender
-from vllm.distributed.weight_sync.traffic import outgoing
+from vllm.distributed.weight_sync.traffic import Outgoing
 from vllm.entrypoints.llm import LLM
 from vllm.logger import init_logger
 from vllm.model_executor.parallel_context import ParallelContext
@@ -167,9 +167,9 @@ class WeightSync:
         ]
         self._engine_ranks = engine_ranks
         plan = Plan(sources, targets)
-        traffic = outgoing(plan, sources, targets, self._bucket_bytes)
+        traffic = Outgoing(plan, self._rank, sources, targets, self._bucket_bytes)
         self._sender = Sender(
-            self._rank, self._names.held, traffic[self._rank], targets, rendezvous
+            self._rank, self._names.held, traffic, targets, rendezvous
         )
 
     # ---- The first rank
@@ -183,9 +183,7 @@ class WeightSync:
                     "host": host,
                     "port": port,
                     "first_rank": sum(sizes[:number]),
-                    "engine_ranks": sum(sizes),
                     "trainer_ranks": self._ranks,
-                    "bucket_bytes": self._bucket_bytes,
                     "staged": self._staged,
                     "timeout": self._timeout,
                 }

@@ -2,14 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How the blocks of a plan travel: read where they lie, or in buckets.
 
-Sources and targets derive the same buckets from the same plan.
+A source decides, and tells each target what to copy from where to where.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,6 @@ from vllm.model_executor.parameters.layout import view_of
 
 ALIGNMENT = 64  # bytes
 SLOTS = 2  # buckets in flight
-Link = Literal["direct", "bucket", "network"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Block:
     """A block of a source's tensor `shard`, and every piece that is a copy of it.
 
     `bucket` and `offset`, in bytes, say where it travels; a block that is read where
-    it lies has none. `index` counts the blocks of the source.
+    it lies has bucket -1. `index` counts the blocks of the source.
     """
 
     shard: int
@@ -44,6 +43,7 @@ class Block:
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
     def of_source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block, as a view of the source's local tensor."""
         return view_of(tensor, self.start, self.sizes)
 
     def of_bucket(self, memory: torch.Tensor) -> torch.Tensor:
@@ -52,136 +52,179 @@ class Block:
         return flat.view(self.sizes)
 
 
-def of_target(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-    """A piece, as a view of the target's local tensor."""
-    return view_of(tensor, piece.target_start, piece.sizes)
+class Copy(NamedTuple):
+    """What a target does with a block: from where to where it copies it.
+
+    The fields are those of `Block`, and the shard and start in the target's tensors.
+    """
+
+    target_shard: int
+    target_start: Offsets
+    sizes: Offsets
+    dtype: str
+    shard: int
+    start: Offsets
+    index: int
+    bucket: int
+    offset: int
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Copy:
+        return cls(*(tuple(v) if isinstance(v, list) else v for v in values))
+
+    @property
+    def block(self) -> Block:
+        """The block that is copied."""
+        dtype = getattr(torch, self.dtype)
+        place = (self.index, self.bucket, self.offset)
+        return Block(self.shard, self.start, self.sizes, dtype, (), *place)
+
+    def of_target(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block, as a view of the target's local tensor."""
+        return view_of(tensor, self.target_start, self.sizes)
 
 
 @dataclass
+class Ring:
+    """The buckets of a source: how many an update fills, and how they are read.
+
+    Args:
+        buckets: How many buckets an update has.
+        bucket_bytes: The size of the largest.
+        readers: The targets that read them.
+        blocks: How many blocks the source sends, in buckets or not.
+
+    """
+
+    buckets: int
+    bucket_bytes: int
+    readers: tuple[int, ...]
+    blocks: int
+
+    def first_tick(self, update: int) -> int:
+        """The count of `Progress` before an update, of 1 and later ones."""
+        return (update - 1) * (1 + self.buckets)
+
+    def slot(self, memory: torch.Tensor, number: int) -> torch.Tensor:
+        """Where a bucket lies, uint8 `[bytes]`."""
+        start = number % SLOTS * self.bucket_bytes
+        return memory[start : start + self.bucket_bytes]
+
+
 class Outgoing:
     """Everything that one source sends in an update.
 
     Args:
-        direct: Blocks that targets read in the source's own memory.
-        buckets: The other ones, by bucket.
-        network: Blocks for targets on other machines, by bucket.
-        bucket_bytes: The size of the largest bucket.
-        on_device: Whether buckets lie in the source's device memory.
-        readers: The targets that read buckets.
+        plan: Of all ranks.
+        source: The rank's number.
+        sources: The manifests of the trainer's ranks.
+        targets: Those of the engine's ranks.
+        limit: How many bytes a bucket may have, if no single row has more.
 
+    `direct` are the blocks that targets read in the source's own memory, `buckets`
+    the others. `on_device` says whether buckets lie in the source's device memory.
     """
 
-    direct: list[Block] = field(default_factory=list)
-    buckets: list[list[Block]] = field(default_factory=list)
-    network: list[list[Block]] = field(default_factory=list)
-    bucket_bytes: int = 0
-    on_device: bool = False
-    readers: tuple[int, ...] = ()
-    blocks: int = 0
-
-    def has_pieces_for(self, target: int) -> bool:
-        groups = (self.direct, *self.buckets, *self.network)
-        return any(
-            piece.target == target
-            for blocks in groups
-            for block in blocks
-            for piece in block.pieces
-        )
-
-    def first_tick(self, update: int) -> int:
-        """The count of `Progress` before an update, of 1 and later ones."""
-        return (update - 1) * (1 + len(self.buckets))
-
-    def slot(self, ring: torch.Tensor, number: int) -> torch.Tensor:
-        """Where in the ring a bucket lies, uint8 `[bytes]`."""
-        start = number % SLOTS * self.bucket_bytes
-        return ring[start : start + self.bucket_bytes]
-
-
-def link_between(source: Location, target: Location, same_dtype: bool) -> Link:
-    """How a block comes from one rank to another."""
-    if source.machine != target.machine:
-        return "network"
-    if source.process == target.process:
-        return "direct"
-    # A device's memory can be mapped by a process that can reach the device.
-    if source.device in target.devices and source.device != "cpu":
-        return "direct" if same_dtype else "bucket"
-    return "bucket"
-
-
-def outgoing(
-    plan: Plan,
-    sources: Sequence[Manifest],
-    targets: Sequence[Manifest],
-    bucket_bytes: int,
-) -> list[Outgoing]:
-    """What each source sends, in which order and in which buckets."""
-    found: list[dict[tuple[object, ...], list[Piece]]] = [{} for _ in sources]
-    for piece in plan.pieces():
-        source = sources[piece.source]
-        dtype = source.shards[piece.source_shard].layout.dtype
-        link = link_between(
-            source.location, targets[piece.target].location, dtype == piece.dtype
-        )
-        key = (link, piece.source_shard, piece.source_start, piece.sizes, piece.dtype)
-        found[piece.source].setdefault(key, []).append(piece)
-    return [
-        _outgoing(blocks, source.location, targets, bucket_bytes)
-        for blocks, source in zip(found, sources, strict=True)
-    ]
-
-
-def _outgoing(
-    found: dict[tuple[object, ...], list[Piece]],
-    source: Location,
-    targets: Sequence[Manifest],
-    bucket_bytes: int,
-) -> Outgoing:
-    by_link: dict[object, list[Block]] = {"direct": [], "bucket": [], "network": []}
-    for (link, *_), pieces in found.items():
-        first = pieces[0]
-        by_link[link].append(
-            Block(
+    def __init__(
+        self,
+        plan: Plan,
+        source: int,
+        sources: Sequence[Manifest],
+        targets: Sequence[Manifest],
+        limit: int,
+    ) -> None:
+        here = sources[source].location
+        shards = sources[source].shards
+        found: dict[tuple[object, ...], list[Piece]] = {}
+        for piece in plan.pieces(source):
+            same_dtype = shards[piece.source_shard].layout.dtype == piece.dtype
+            direct = is_read_directly(here, targets[piece.target].location, same_dtype)
+            key = (direct, piece.source_shard, piece.source_start, piece.sizes)
+            found.setdefault((*key, piece.dtype), []).append(piece)
+        self.direct: list[Block] = []
+        others: list[Block] = []
+        for (direct, *_), pieces in found.items():
+            first = pieces[0]
+            block = Block(
                 first.source_shard,
                 first.source_start,
                 first.sizes,
                 first.dtype,
                 tuple(pieces),
             )
+            (self.direct if direct else others).append(block)
+        self.direct = [replace(b, index=i) for i, b in enumerate(self.direct)]
+        self.buckets = _fill(others, limit, len(self.direct))
+        readers = {piece.target for block in others for piece in block.pieces}
+        self.on_device = here.device != "cpu" and all(
+            here.device in targets[reader].location.devices for reader in readers
         )
-    result = Outgoing()
-    for block in by_link["direct"]:
-        result.direct.append(replace(block, index=result.blocks))
-        result.blocks += 1
-    result.buckets = _fill(by_link["bucket"], bucket_bytes, result)
-    result.network = _fill(by_link["network"], bucket_bytes, result)
-    readers = {p.target for b in by_link["bucket"] for p in b.pieces}
-    result.readers = tuple(sorted(readers))
-    result.on_device = source.device != "cpu" and all(
-        source.device in targets[reader].location.devices for reader in readers
-    )
-    return result
+        blocks = [block for bucket in self.buckets for block in bucket]
+        self.ring = Ring(
+            len(self.buckets),
+            max((_aligned(b.offset + b.nbytes) for b in blocks), default=0),
+            tuple(sorted(readers)),
+            len(self.direct) + len(blocks),
+        )
+        self._copies: dict[int, list[Copy]] = {}
+        for block in (*self.direct, *blocks):
+            for piece in block.pieces:
+                copy = Copy(
+                    piece.target_shard,
+                    piece.target_start,
+                    piece.sizes,
+                    str(piece.dtype).removeprefix("torch."),
+                    block.shard,
+                    block.start,
+                    block.index,
+                    block.bucket,
+                    block.offset,
+                )
+                self._copies.setdefault(piece.target, []).append(copy)
+
+    def copies(self, target: int) -> list[Copy]:
+        """What a target copies, in the order in which it is sent."""
+        return self._copies.get(target, [])
 
 
-def _fill(
-    blocks: Iterable[Block], bucket_bytes: int, result: Outgoing
-) -> list[list[Block]]:
+def is_read_directly(source: Location, target: Location, same_dtype: bool) -> bool:
+    """Whether a target reads the source's tensors where they lie.
+
+    Raises:
+        ValueError: it can neither do so nor share memory.
+
+    """
+    if source.machine != target.machine:
+        raise ValueError(
+            f"The trainer is on {source.machine.partition('/')[0]} and the engine on "
+            f"{target.machine.partition('/')[0]}: weight sync between machines, or "
+            "containers with process numbers of their own, is not there yet. Use "
+            'weight_transfer_config={"backend": "nccl"} there.'
+        )
+    if source.process == target.process:
+        return True
+    # A device's memory can be mapped by a process that can reach the device.
+    return same_dtype and source.device != "cpu" and source.device in target.devices
+
+
+def _fill(blocks: Iterable[Block], limit: int, index: int) -> list[list[Block]]:
     """`blocks` in order, each where it fits; larger ones are split along axis 0."""
     buckets: list[list[Block]] = []
-    used = bucket_bytes  # of the last bucket
+    used = limit  # of the last bucket
     for whole in blocks:
-        for block in _split(whole, bucket_bytes):
-            if used + block.nbytes > bucket_bytes:
+        for block in _split(whole, limit):
+            if used + block.nbytes > limit:
                 buckets.append([])
                 used = 0
             bucket = len(buckets) - 1
-            placed = replace(block, index=result.blocks, bucket=bucket, offset=used)
-            buckets[-1].append(placed)
-            result.blocks += 1
-            used += -(-block.nbytes // ALIGNMENT) * ALIGNMENT
-            result.bucket_bytes = max(result.bucket_bytes, used)
+            buckets[-1].append(replace(block, index=index, bucket=bucket, offset=used))
+            index += 1
+            used += _aligned(block.nbytes)
     return buckets
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _split(block: Block, limit: int) -> Iterable[Block]:

@@ -13,10 +13,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_sync.manifest import manifest_of
-from vllm.distributed.weight_sync.plan import Piece, Plan
 from vllm.distributed.weight_sync.receiver import Receiver
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
-from vllm.distributed.weight_sync.traffic import of_target, outgoing
+from vllm.distributed.weight_sync.traffic import Copy
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -37,9 +36,7 @@ class WeightSyncInitInfo(WeightTransferInitInfo):
         host: Where its store is.
         port: Where its store is.
         first_rank: The number of this engine's first rank among all engines' ranks.
-        engine_ranks: How many ranks all engines have.
         trainer_ranks: How many ranks the trainer has.
-        bucket_bytes: Size of a bucket.
         staged: Whether an update is kept aside until all of it has come.
         timeout: Seconds for any wait.
 
@@ -48,9 +45,7 @@ class WeightSyncInitInfo(WeightTransferInitInfo):
     host: str
     port: int
     first_rank: int
-    engine_ranks: int
     trainer_ranks: int
-    bucket_bytes: int
     staged: bool
     timeout: float
 
@@ -184,20 +179,19 @@ class _Session:
             receiver.receive(update, self._room)
         self._local.check_finite()
 
-    def _room(self, piece: Piece) -> torch.Tensor:
-        return of_target(piece, self._local.room(piece.target_shard))
+    def _room(self, copy: Copy) -> torch.Tensor:
+        return copy.of_target(self._local.room(copy.target_shard))
 
     def _make_receivers(self) -> list[Receiver]:
-        info, rendezvous = self._info, self._rendezvous
-        sources = rendezvous.get_manifests("trainer", info.trainer_ranks)
-        targets = rendezvous.get_manifests("engine", info.engine_ranks)
-        plan = Plan(sources, targets)
-        traffic = outgoing(plan, sources, targets, info.bucket_bytes)
-        return [
-            Receiver(self._rank, source, sent, sources[source], rendezvous)
-            for source, sent in enumerate(traffic)
-            if sent.has_pieces_for(self._rank)
+        sources = self._rendezvous.get_manifests("trainer", self._info.trainer_ranks)
+        receivers = [
+            Receiver(self._rank, source, manifest.location, self._rendezvous)
+            for source, manifest in enumerate(sources)
         ]
+        self._local.check_complete(
+            (copy.target_shard, copy.sizes) for r in receivers for copy in r.copies
+        )
+        return [receiver for receiver in receivers if receiver.copies]
 
     def finish(self) -> None:
         thread, self._thread = self._thread, None

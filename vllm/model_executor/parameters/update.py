@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -40,6 +42,26 @@ class LocalUpdate:
         self._staged = staged
         self._rooms: dict[int, torch.Tensor] = {}  # by index of the entry
         self._device: torch.device | None = None
+
+    def check_complete(self, arriving: Iterable[tuple[int, tuple[int, ...]]]) -> None:
+        """Raise ValueError unless all elements of all tensors are to arrive.
+
+        Args:
+            arriving: By index of the entry, the sizes of each block.
+
+        """
+        counts = [0] * len(self._layouts)
+        for index, sizes in arriving:
+            counts[index] += torch.Size(sizes).numel()
+        for entry, layout, count in zip(
+            self._entries, self._layouts, counts, strict=True
+        ):
+            expected = sum(box.numel() for box in layout.boxes)
+            if count != expected and not (entry.optional and count == 0):
+                raise ValueError(
+                    f"{count} of {expected} elements of {entry.name} are to arrive. Use "
+                    "the same release of this package in the trainer and the engine."
+                )
 
     def begin(self) -> None:
         """From now on, `room` is written to."""

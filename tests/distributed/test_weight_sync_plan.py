@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Plans over all pairs of layouts: every element arrives, and none of them twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vllm.distributed.weight_sync.manifest import Location, Manifest, Shard
+from vllm.distributed.weight_sync.plan import Plan
+from vllm.distributed.weight_sync.traffic import Outgoing
+from vllm.model_executor.parameters.layout import Box, Layout
+
+LAYERS, EXPERTS = 2, 4
+# Of each tensor of a layer: its whole shape, and the axis that tensor parallelism cuts.
+DENSE = {"norm": ((12,), None), "up": ((16, 12), 0), "down": ((12, 16), 1)}
+EXPERT = ((8, 12), None)
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one side divides the model."""
+
+    tp: int = 1
+    pp: int = 1
+    fsdp: int = 1
+    ep: bool = False  # experts whole, over the tensor-parallel ranks
+    copies: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.fsdp * self.copies
+
+
+def cut(
+    box: Box, axis: int, parts: int, index: int, uneven: bool = False
+) -> Box | None:
+    """Part `index` of a box that is cut along an axis, by PyTorch's rule of chunks."""
+    size = box.sizes[axis]
+    chunk = -(-size // parts) if uneven else size // parts
+    start = min(index * chunk, size)
+    length = min(chunk, size - start)
+    if length == 0:
+        return None
+    whole, sizes = list(box.whole), list(box.sizes)
+    whole[axis] += start
+    sizes[axis] = length
+    return Box((0,) * len(sizes), tuple(whole), tuple(sizes))
+
+
+def layout(shape: tuple[int, ...], box: Box | None) -> Layout:
+    boxes = () if box is None else (box,)
+    local = (0,) * len(shape) if box is None else box.sizes
+    return Layout(torch.Size(shape), torch.Size(local), torch.float32, boxes)
+
+
+def manifests(side: Side, name: str, layers: int = LAYERS) -> list[Manifest]:
+    found = []
+    for rank in range(side.ranks):
+        tp = rank % side.tp
+        fsdp = rank // side.tp % side.fsdp
+        stage = rank // (side.tp * side.fsdp) % side.pp
+        shards = []
+        for layer in range(layers):
+            if layer * side.pp // layers != stage:
+                continue
+            tensors = {key: (*value, None) for key, value in DENSE.items()}
+            tensors |= {f"experts.{e}": (*EXPERT, e) for e in range(EXPERTS)}
+            for key, (shape, axis, expert) in tensors.items():
+                if expert is not None and side.ep and expert % side.tp != tp:
+                    continue
+                zeros = (0,) * len(shape)
+                box: Box | None = Box(zeros, zeros, shape)
+                if axis is not None:
+                    box = cut(box, axis, side.tp, tp)
+                if side.fsdp > 1:
+                    box = cut(box, 0, side.fsdp, fsdp, uneven=True)
+                shards.append(Shard((f"layers.{layer}.{key}",), layout(shape, box)))
+        location = Location("machine", hash((name, rank)), f"{name}{rank}", ())
+        found.append(Manifest(location, shards))
+    return found
+
+
+@functools.cache
+def whole_tensors() -> dict[str, torch.Tensor]:
+    shapes = {key: shape for key, (shape, _) in DENSE.items()}
+    shapes |= {f"experts.{e}": EXPERT[0] for e in range(EXPERTS)}
+    numbers = itertools.count()
+    return {
+        f"layers.{layer}.{key}": torch.arange(torch.Size(shape).numel()).view(shape)
+        + 1000.0 * next(numbers)
+        for layer in range(LAYERS)
+        for key, shape in shapes.items()
+    }
+
+
+def local_tensors(manifest: Manifest, filled: bool) -> list[torch.Tensor]:
+    tensors = []
+    for shard in manifest.shards:
+        local = torch.full(tuple(shard.layout.local_shape), float("nan"))
+        if filled:
+            shard.layout.load(local, whole_tensors()[shard.names[0]])
+        tensors.append(local)
+    return tensors
+
+
+SIDES = [
+    Side(tp=tp, pp=pp, fsdp=fsdp, ep=ep)
+    for tp, pp, fsdp, ep in itertools.product(
+        (1, 2, 4), (1, 2), (1, 2, 3), (False, True)
+    )
+    if not (ep and (tp == 1 or fsdp > 1))
+]
+ENGINES = [side for side in SIDES if side.fsdp == 1]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("bucket_bytes", [100, 1 << 20])
+def test_every_element_arrives_once(engine: Side, bucket_bytes: int) -> None:
+    """Over all trainers; the number of bytes is that of the engine's tensors."""
+    engine = dataclasses.replace(engine, copies=2)
+    targets = manifests(engine, "engine")
+    for trainer in SIDES:
+        sources = manifests(dataclasses.replace(trainer, copies=2), "trainer")
+        plan = Plan(sources, targets)
+        held = [local_tensors(manifest, filled=True) for manifest in sources]
+        received = [local_tensors(manifest, filled=False) for manifest in targets]
+        moved = 0
+        for source in range(len(sources)):
+            sent = Outgoing(plan, source, sources, targets, bucket_bytes)
+            memory = torch.zeros(sent.ring.bucket_bytes, dtype=torch.uint8)
+            for bucket in sent.buckets:
+                for block in bucket:
+                    place = block.of_bucket(memory)
+                    place.copy_(block.of_source(held[source][block.shard]))
+                number = bucket[0].bucket
+                for target, tensors in enumerate(received):
+                    for copy in sent.copies(target):
+                        if copy.bucket != number:
+                            continue
+                        room = copy.of_target(tensors[copy.target_shard])
+                        assert room.isnan().all()
+                        room.copy_(copy.block.of_bucket(memory))
+                        moved += room.nbytes
+        for manifest, tensors in zip(targets, received, strict=True):
+            expected = local_tensors(manifest, filled=True)
+            for tensor, value in zip(tensors, expected, strict=True):
+                assert torch.equal(tensor, value)
+        minimum = sum(4 * t.numel() for tensors in received for t in tensors)
+        assert moved == plan.nbytes() == minimum
+
+
+def test_ranks_that_hold_the_same_take_turns() -> None:
+    sources = manifests(Side(copies=2), "trainer")
+    targets = manifests(Side(copies=2), "engine")
+    plan = Plan(sources, targets)
+    loads = [
+        sum(p.nbytes for p in plan.pieces() if p.source == source) for source in (0, 1)
+    ]
+    assert abs(loads[0] - loads[1]) < 0.3 * sum(loads)
+
+
+def test_a_rank_of_the_same_process_is_preferred() -> None:
+    sources = manifests(Side(copies=2), "trainer")
+    targets = manifests(Side(), "engine")
+    near = dataclasses.replace(sources[1].location, process=1)
+    sources[1].location = targets[0].location = near
+    assert {piece.source for piece in Plan(sources, targets).pieces()} == {1}
+
+
+def renamed(manifest: Manifest, index: int, **changes: object) -> None:
+    shard = manifest.shards[index]
+    manifest.shards[index] = dataclasses.replace(shard, **changes)  # type: ignore[arg-type]
+
+
+def test_what_differs_is_named() -> None:
+    """In one error, with names and shapes of both sides."""
+    sources, targets = manifests(Side(), "trainer"), manifests(Side(), "engine")
+    renamed(sources[0], 0, names=("layers.0.other",))
+    renamed(sources[0], 1, layout=layout((8, 12), Box((0, 0), (0, 0), (8, 12))))
+    with pytest.raises(ValueError) as error:
+        Plan(sources, targets)
+    message = str(error.value)
+    assert "1 missing in the trainer: layers.0.norm" in message
+    assert "1 missing in the engine: layers.0.other" in message
+    assert "layers.0.up ([16, 12] in the engine, [8, 12] in the trainer)" in message
+
+
+def test_a_part_that_no_rank_holds_is_named() -> None:
+    sources, targets = manifests(Side(tp=2), "trainer"), manifests(Side(), "engine")
+    with pytest.raises(ValueError, match=r"elements of layers\.0\.up from \[8, 0\]"):
+        Plan(sources[:1], targets)
+
+
+def test_tied_tensors_under_either_name() -> None:
+    """One tensor of the trainer fills both of an engine, and the other way round."""
+    box = Box((0, 0), (0, 0), (4, 2))
+    both = [Shard(("embedding", "head"), layout((4, 2), box))]
+    apart = [Shard((name,), layout((4, 2), box)) for name in ("embedding", "head")]
+    location = Location("machine", 1, "cpu", ())
+    tied, untied = Manifest(location, both), Manifest(location, apart)
+    filled = [p.target_shard for p in Plan([tied], [untied]).pieces()]
+    assert filled == [0, 1]
+    with pytest.raises(ValueError, match="tied in the engine.*: embedding and head"):
+        Plan([untied], [tied])
+
+
+def test_a_manifest_survives_its_bytes() -> None:
+    for manifest in manifests(Side(tp=2, fsdp=3), "trainer"):
+        read = Manifest.from_bytes(manifest.to_bytes())
+        assert read.location == manifest.location
+        assert read.shards == manifest.shards
