@@ -103,7 +103,7 @@ def interface(node: ast.AST, where: str = "") -> list[str]:
     return []
 
 
-ERRORS = DOCS / "models/custom_models.md"
+ERRORS = DOCS / "models/errors.md"
 SECTIONS = {
     section.partition("`")[0]: section
     for section in re.split(
@@ -175,8 +175,7 @@ def strings(path: Path) -> set[str]:
 
 def test_every_error_in_the_docs_is_one_that_the_code_raises():
     """`…` in a message stands for one value, where the code has one."""
-    table = ERRORS.read_text().partition("## Errors")[2]
-    table = table.partition("These come from vLLM itself")[0]
+    table, _, _ = ERRORS.read_text().partition("These messages come from vLLM itself")
     quoted = re.findall(r"^\| `([^`]+)` \|", table, re.M)
     assert quoted
     texts = set().union(*map(strings, MODULES))
@@ -329,6 +328,7 @@ print(ids[40:])
 
 def write_blocks(page: Path, folder: Path) -> None:
     for name, code in titled_blocks(page).items():
+        assert not (folder / name).exists(), f"Rename {name} in {page_id(page)}."
         (folder / name).write_text(code)
 
 
@@ -349,12 +349,10 @@ def run(folder: Path, *command: str, processes: bool = True) -> str:
 
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory) -> Path:
-    """A folder with the user guide's files, and the checkpoint that train.py saved."""
+    """A folder with the guide's programs, and the checkpoint that train.py saved."""
     folder = tmp_path_factory.mktemp("guide")
-    write_blocks(DOCS / "models/custom_models.md", folder)
-    write_blocks(DOCS / "models/minimal_interface.md", folder)
-    write_blocks(DOCS / "models/plans.md", folder)
-    write_blocks(DOCS / "models/tensor_parallel_training.md", folder)
+    for page in sorted((DOCS / "models").glob("*.md")):
+        write_blocks(page, folder)
     (folder / "continue.py").write_text(SERVE)
     (folder / "greedy.py").write_text(GREEDY)
     run(folder, "train.py")
