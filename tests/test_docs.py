@@ -151,6 +151,18 @@ def test_every_patch_is_in_the_design():
     )
 
 
+@pytest.mark.parametrize("picture", sorted((DOCS / "assets").glob("flow_*.svg")))
+def test_the_pictures_of_the_design_name_what_the_code_has(picture):
+    code = re.findall(r'class="code"[^>]*>([^<]+)<', picture.read_text())
+    names = set(re.findall(r"[A-Za-z_]\w{3,}", " ".join(code))) - {"with", "cu_seqlens"}
+    kinds = ast.ClassDef | ast.FunctionDef
+    trees = [ast.walk(ast.parse(path.read_text())) for path in MODULES]
+    there = {node.name for nodes in trees for node in nodes if isinstance(node, kinds)}
+    assert names and names <= there, (
+        f"Edit {page_id(picture)}: our modules define no {sorted(names - there)}."
+    )
+
+
 def strings(path: Path) -> set[str]:
     """The texts in the code of a file, with `…` for what is filled in.
 
