@@ -381,6 +381,12 @@ def test_guide_trains_in_parallel(guide):
     assert (guide / "checkpoint/.metadata").exists()
 
 
+def test_the_ten_lines_of_the_readme_are_ten():
+    assert "in ten lines" in (ROOT / "README.md").read_text()
+    lines = titled_blocks(ROOT / "README.md")["serve.py"].split("\n")
+    assert len([line for line in lines if line]) == 10, "Edit serve.py in README.md."
+
+
 @pytest.mark.engine
 def test_readme_example(tmp_path):
     import torch
