@@ -128,7 +128,7 @@ class GPT(nn.Module):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[tokens, hidden]`; `inputs_embeds` is a later stage's input."""
+        """Hidden states `[tokens, hidden]`; `inputs_embeds` is for later stages."""
         x = inputs_embeds
         if x is None:
             x = self.embedding(input_ids) + self.positions(positions)
