@@ -5,7 +5,7 @@
     python benchmarks/attention.py --json results.json
     python benchmarks/attention.py --json results.json --plot speed.svg
 
-All of it runs in one process, in turns. Figures are medians; TFLOP/s count causal
+Everything runs in one process, in turns. Figures are medians; TFLOP/s count causal
 attention as half of the full matrix, and a backward as 2.5 forwards. Needs an NVIDIA
 GPU.
 """

@@ -4,9 +4,8 @@
 
     python benchmarks/attention_cpu.py --json results.json
 
-All of it runs in one process. A round calls each engine once, so that what else the
-machine does falls on all of them alike; the CPU time of one thread is hardly changed
-by it.
+Everything runs in one process. A round calls each engine once, so that other programs
+on the machine slow all of them equally. They hardly change the CPU time of one thread.
 """
 
 import argparse

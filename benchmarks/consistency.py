@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""How far the log-probabilities of an engine and its trainer are apart, and the cost.
+"""How far log-probabilities of engine and trainer are apart, and what exactness costs.
 
     python benchmarks/consistency.py --json results.json --plot consistency.png
 
-The same random weights, in a process each: vLLM's native Llama against a Hugging Face
-trainer, and a PyTorch Llama that trains and serves, by default and with
-`VLLM_BATCH_INVARIANT=1`; for heads of 64 and of 128. Prompts of mixed lengths are
-served greedily and sampled, with chunked prefill, prefix caching, CUDA graphs, and in
-one mode with too little cache, so that requests are preempted. The mode with tensor
-parallelism needs two NVIDIA GPUs, the others one.
+All modes have the same random weights, and each runs in its own process: vLLM's native
+Llama with a Hugging Face trainer, and a PyTorch Llama that trains and serves, by
+default and with `VLLM_BATCH_INVARIANT=1`, each with heads of 64 and of 128. Prompts of
+mixed lengths are served greedily and sampled, with chunked prefill, prefix caching and
+CUDA graphs. In one mode the cache is too small, so that requests are preempted. The
+mode with tensor parallelism needs two NVIDIA GPUs, the others one.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def recompute(trainer: Any, sequences: list[list[int]]) -> torch.Tensor:
 def recompute_in_parallel(
     rank: int, tp_size: int, head_dim: int, directory: str, sequences: list[list[int]]
 ) -> None:
-    """One rank of a trainer that is parallelized as its engine is."""
+    """One rank of a trainer that is divided as its engine is."""
     from safetensors.torch import load_file
 
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -170,7 +170,7 @@ class HuggingFaceTrainer:
 
 
 def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
-    """One row of the results, in a process of its own."""
+    """One row of the results, in its own process."""
     options = MODES[mode]
     invariant = options.get("invariant", False)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -71,7 +71,7 @@ LLAMA_8B = LlamaShape(
     num_hidden_layers=32,
     head_dim=128,
 )
-# Where a checkpoint's matrix lies in the module: parameter, and which part of it.
+# The place of a checkpoint's matrix in the module: parameter, and part of it.
 STACKED = {
     "q_proj": ("qkv_proj", 0),
     "k_proj": ("qkv_proj", 1),
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        # In float32, and anew, so that no .to(bfloat16) spoils the frequencies.
+        # In each call and in float32, so that .to(bfloat16) cannot round them.
         even = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32)
         angles = positions[:, None] * self.rope_theta ** (-even / self.head_dim)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
@@ -233,7 +233,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Hugging Face's matrices, stacked, each rank its shard."""
+        """Stack Hugging Face's matrices; each rank keeps its shard."""
         parameters = dict(self.named_parameters())
         loaded = set()
         for name, weight in weights:

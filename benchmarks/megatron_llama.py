@@ -54,7 +54,7 @@ class CoreAttention(TrainableAttention):
 
 
 class ServingRowParallelLinear(RowParallelLinear):
-    """Megatron's layer without a bias, with vLLM's all-reduce in the place of NCCL's.
+    """Megatron's layer without a bias, with vLLM's all-reduce instead of NCCL's.
 
     vLLM's is the faster one for the few tokens of a decode step.
     """
@@ -67,11 +67,11 @@ class ServingRowParallelLinear(RowParallelLinear):
 class MegatronLlama(GPTModel):
     """`[tokens]` ids and positions -> hidden states `[tokens, hidden]`.
 
-    It keeps the weights that Megatron has made up.
+    It keeps the random weights that Megatron made.
     """
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Nothing: speed does not depend on them."""
+        """Load nothing, because speed does not depend on the weights."""
 
     def forward(
         self,

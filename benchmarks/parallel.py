@@ -5,8 +5,8 @@
     python benchmarks/parallel.py --layouts TP=2 PP=2 --json results.json
 
 vLLM's native class, a factory with vLLM's parallel layers, and a factory with
-megatron-core's, each in a process of its own and as vLLM runs it by default. The first
-two load the same checkpoint; Megatron keeps the random weights that it makes.
+megatron-core's each run in their own process, and as vLLM runs them by default. The
+first two load the same checkpoint. Megatron keeps the random weights that it makes.
 """
 
 import argparse

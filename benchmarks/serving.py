@@ -32,12 +32,12 @@ from llama import LLAMA_1B, Llama
 ENGINES = ("native", "Transformers backend", "plain module")
 PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 256, 256
 ALONE_PER_TURN = 3
-# All engines of a round lie in the memory of one GPU.
+# All engines of a round share the memory of one GPU.
 MEMORY = 0.9 / len(ENGINES)
 
 
 class Engine:
-    """An engine in a process of its own, which generates when it is told to."""
+    """An engine in its own process, which generates when it is told to."""
 
     def __init__(self, name: str, cache: Path) -> None:
         caches = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

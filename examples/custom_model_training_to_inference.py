@@ -4,9 +4,9 @@
 
     python examples/custom_model_training_to_inference.py
 
-The module below is the only one: it trains with PyTorch on 90 seconds of real
-English, and vLLM samples from it with its paged attention and batching. The exit
-code is not 0 if the two disagree on a single token.
+There is one module. It trains with PyTorch on real English for 90 seconds, and
+vLLM samples from it with paged attention and continuous batching. The exit code is
+not 0 if the two disagree on a single token.
 """
 # ruff: noqa: E402
 
@@ -23,8 +23,8 @@ from types import SimpleNamespace
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # trains here, too
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it starts sooner
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # this process also trains
 warnings.filterwarnings("ignore", module=r"vllm\.")
 
 import matplotlib

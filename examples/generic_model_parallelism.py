@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""One model, parallelized in several ways, in every layout, against ground truth.
+"""One model, parallelized in several ways and layouts, compared with a plain model.
 
-`GPT` is written once. What it is made of is either PyTorch's layers, vLLM's or
-Megatron's; one checkpoint, saved by the plain model, serves all. Each row of the table
-is an engine whose every token was compared with the plain model.
+`GPT` is written once, and built from PyTorch's, vLLM's or Megatron's layers. The plain
+model saves one checkpoint, which serves all of them. Each row of the table is an engine
+of which every token was compared with the plain model.
 
     python examples/generic_model_parallelism.py
     python examples/generic_model_parallelism.py --ways megatron --layouts 2x2
@@ -30,7 +30,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it starts sooner
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # for TP on one socket
 warnings.filterwarnings("ignore", module=r"(megatron|vllm)\.")
 
@@ -68,7 +68,7 @@ CONFIG = {
 
 @dataclass
 class Layers:
-    """What the model is made of, each as `layer(inputs, outputs)`.
+    """The layers that the model is built from, each called as `layer(inputs, outputs)`.
 
     `column` divides its outputs among the tensor-parallel ranks, `row` its inputs.
     """
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pipeline stage of the model; the whole of it if there is only one."""
+    """A pipeline stage of the model, or the whole model if there is one stage."""
 
     def __init__(self, config: Any, context: ParallelContext, layers: Layers) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class GPT(nn.Module):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `[tokens, hidden]`; those of the stage before come in, too."""
+        """Hidden states `[tokens, hidden]`; `inputs_embeds` is for later stages."""
         x = inputs_embeds
         if x is None:
             x = self.embedding(input_ids) + self.positions(positions)
@@ -189,7 +189,7 @@ def with_megatron_layers(
 
 
 class PlannedGPT(GPT):
-    """The plain model and what to do with it: it is built whole, and cut by vLLM."""
+    """The plain model with plans: it is built whole, and vLLM divides it."""
 
     tp_plan = {
         "embedding": "rowwise",
@@ -220,7 +220,7 @@ WAYS = {"vllm": with_vllm_layers, "megatron": with_megatron_layers, "plan": with
 
 
 def plain_model() -> GPT:
-    """What is trained, saved and compared with: PyTorch's layers on one device."""
+    """The model that is saved and compared with: PyTorch's layers on one device."""
     return GPT(SimpleNamespace(**CONFIG), ParallelContext(), Layers())
 
 
@@ -238,7 +238,7 @@ def save_checkpoint(directory: Path) -> None:
 def serve(
     args: argparse.Namespace, way: str, tp_size: int, pp_size: int
 ) -> tuple[ValidationReport, float]:
-    """Compare one engine with the plain model; also the seconds that it started in."""
+    """Compare one engine with the plain model; returns also its seconds of start-up."""
     ModelRegistry.register_model("GPT", WAYS[way], supports_pp=True)
     begin = time.monotonic()
     llm = LLM(
@@ -273,7 +273,7 @@ def main(args: argparse.Namespace) -> int:
         for layout in args.layouts:
             sizes = [int(size) for size in layout.split("x")]
             print(f"Serving with {way}, TP x PP = {layout} ...", flush=True)
-            # an engine in a process of its own leaves nothing to the next
+            # each engine in its own process, so that nothing is left for the next
             with ProcessPoolExecutor(1, spawn) as process:
                 report, seconds = process.submit(serve, args, way, *sizes).result()
             checks = {check.name: check.value for check in report.checks}

@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Train a model of vLLM's parallel layers with tensor parallelism, and serve it.
 
-Each process holds a part of every large weight, on a CPU or on a GPU of its own:
+Each process holds a part of every large weight, on a CPU or on its own GPU:
 
     torchrun --nproc-per-node 2 examples/train_tensor_parallel.py
 
-Run again, it goes on from its checkpoint, with any number of processes that divides
-the heads. The weights of the last run serve as they lie, each part on its rank:
+When it is run again, it continues from its checkpoint, with any number of processes
+that divides the heads. The weights of the last run serve at the same number of ranks:
 
     python examples/train_tensor_parallel.py --serve --tensor-parallel-size 2
 """
@@ -101,7 +101,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # [..., heads, head_dim]; query heads, then those of keys, then of values
+        # [..., heads, head_dim]; heads of queries, then of keys, then of values
         heads = self.qkv_proj(self.attn_norm(x)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         x = x + self.o_proj(self.attn(q, k, v).flatten(-2))
@@ -142,7 +142,7 @@ def initialize(name: str, tensor: torch.Tensor) -> None:
 
 
 def batch_of(tokens: torch.Tensor, step: int, device: torch.device) -> torch.Tensor:
-    """Chunks `[batch, seq + 1]`, alike on all ranks and in every run."""
+    """Chunks `[batch, seq + 1]`, the same on all ranks and in every run."""
     seq = CONFIG["max_position_embeddings"]
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(tokens) - seq, (BATCH,), generator=generator)
@@ -165,14 +165,14 @@ def train(args: argparse.Namespace, parallel_context: ParallelContext) -> None:
     device = torch.device("cpu")
     if current_platform.is_cuda_alike():
         device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(0)  # alike on all ranks
+    torch.manual_seed(0)  # the same on all ranks
     with device:
         model = ParallelGPT(SimpleNamespace(**CONFIG), parallel_context)
     initialize_parameters(model, initialize)
-    model.requires_grad_(True)  # vLLM builds them without
+    model.requires_grad_(True)  # vLLM builds parameters without gradients
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
 
-    # ---- Go on from a checkpoint of any number of ranks ----
+    # ---- Continue from a checkpoint of any number of ranks ----
     checkpoint = directory / "checkpoint"
     done = 0
     if (checkpoint / ".metadata").exists():

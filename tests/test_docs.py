@@ -103,7 +103,7 @@ def interface(node: ast.AST, where: str = "") -> list[str]:
     return []
 
 
-ERRORS = DOCS / "models/custom_models.md"
+ERRORS = DOCS / "models/errors.md"
 SECTIONS = {
     section.partition("`")[0]: section
     for section in re.split(
@@ -151,6 +151,18 @@ def test_every_patch_is_in_the_design():
     )
 
 
+@pytest.mark.parametrize("picture", sorted((DOCS / "assets").glob("flow_*.svg")))
+def test_the_pictures_of_the_design_name_what_the_code_has(picture):
+    code = re.findall(r'class="code"[^>]*>([^<]+)<', picture.read_text())
+    names = set(re.findall(r"[A-Za-z_]\w{3,}", " ".join(code))) - {"with", "cu_seqlens"}
+    kinds = ast.ClassDef | ast.FunctionDef
+    trees = [ast.walk(ast.parse(path.read_text())) for path in MODULES]
+    there = {node.name for nodes in trees for node in nodes if isinstance(node, kinds)}
+    assert names and names <= there, (
+        f"Edit {page_id(picture)}: our modules define no {sorted(names - there)}."
+    )
+
+
 def strings(path: Path) -> set[str]:
     """The texts in the code of a file, with `…` for what is filled in.
 
@@ -175,8 +187,7 @@ def strings(path: Path) -> set[str]:
 
 def test_every_error_in_the_docs_is_one_that_the_code_raises():
     """`…` in a message stands for one value, where the code has one."""
-    table = ERRORS.read_text().partition("## Errors")[2]
-    table = table.partition("These come from vLLM itself")[0]
+    table, _, _ = ERRORS.read_text().partition("These messages come from vLLM itself")
     quoted = re.findall(r"^\| `([^`]+)` \|", table, re.M)
     assert quoted
     texts = set().union(*map(strings, MODULES))
@@ -329,6 +340,7 @@ print(ids[40:])
 
 def write_blocks(page: Path, folder: Path) -> None:
     for name, code in titled_blocks(page).items():
+        assert not (folder / name).exists(), f"Rename {name} in {page_id(page)}."
         (folder / name).write_text(code)
 
 
@@ -349,12 +361,10 @@ def run(folder: Path, *command: str, processes: bool = True) -> str:
 
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory) -> Path:
-    """A folder with the user guide's files, and the checkpoint that train.py saved."""
+    """A folder with the guide's programs, and the checkpoint that train.py saved."""
     folder = tmp_path_factory.mktemp("guide")
-    write_blocks(DOCS / "models/custom_models.md", folder)
-    write_blocks(DOCS / "models/minimal_interface.md", folder)
-    write_blocks(DOCS / "models/plans.md", folder)
-    write_blocks(DOCS / "models/tensor_parallel_training.md", folder)
+    for page in sorted((DOCS / "models").glob("*.md")):
+        write_blocks(page, folder)
     (folder / "continue.py").write_text(SERVE)
     (folder / "greedy.py").write_text(GREEDY)
     run(folder, "train.py")
@@ -369,6 +379,12 @@ def test_guide_trains_in_parallel(guide):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run(guide, *torchrun, "train_parallel.py")
     assert (guide / "checkpoint/.metadata").exists()
+
+
+def test_the_ten_lines_of_the_readme_are_ten():
+    assert "in ten lines" in (ROOT / "README.md").read_text()
+    lines = titled_blocks(ROOT / "README.md")["serve.py"].split("\n")
+    assert len([line for line in lines if line]) == 10, "Edit serve.py in README.md."
 
 
 @pytest.mark.engine

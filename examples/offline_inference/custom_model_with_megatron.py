@@ -2,16 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Serve a whole Megatron-core GPTModel with vLLM, and prove it equal to Megatron.
 
-The model is Megatron's from its embedding to its output layer; only the attention
-inside each layer is vLLM's, which trains, too. The proof: a second process runs the
-stock GPTModel alone, with Megatron's own attention on whole sequences, and has to
-agree with every token that vLLM serves.
+The model is Megatron's from its embedding to its output layer. Only the attention
+inside each layer is `TrainableAttention`, which also trains. As the proof, a second
+process runs the unchanged GPTModel, with Megatron's own attention on whole sequences,
+and has to agree with every token that vLLM serves.
 
     python examples/offline_inference/custom_model_with_megatron.py
     python examples/offline_inference/custom_model_with_megatron.py \
         --tensor-parallel-size 2 --pipeline-parallel-size 2
 
-To see it fail, change a weight behind the model's back:
+To see the comparison fail, change a weight of the served checkpoint:
 
     python examples/offline_inference/custom_model_with_megatron.py \
         --corrupt decoder.layers.0.mlp.linear_fc2.weight
@@ -31,7 +31,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts sooner
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it starts sooner
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # for TP on one socket
 warnings.filterwarnings("ignore", module=r"(megatron|vllm)\.")
 sys.path.append(str(Path(__file__).parents[1]))
@@ -79,7 +79,7 @@ class CoreAttention(TrainableAttention):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
-        **_: object,  # mask type and the like: there is one kind here
+        **_: object,  # mask type and so on: this example has one kind
     ) -> None:
         tp_size = pg_collection.tp.size()
         super().__init__(
@@ -159,7 +159,7 @@ def build(
 
 
 def served_model(vllm_config, parallel_context) -> FlatGPTModel:
-    """What is registered: Megatron gets vLLM's process groups."""
+    """The registered factory, which gives vLLM's process groups to Megatron."""
     model = build(
         FlatGPTModel,
         layer_spec(CoreAttention),
@@ -215,7 +215,7 @@ def train(directory: Path, steps: int) -> float:
 
 @functools.cache
 def reference_model(directory: Path) -> GPTModel:
-    """The stock model, with stock attention."""
+    """Megatron's unchanged model, with its own attention."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = SimpleNamespace(**json.loads((directory / "config.json").read_text()))
     model = build(GPTModel, layer_spec(), config, groups).eval()

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A plain pre-LN transformer for one device, and the plans that make it parallel.
 
-This file lies beside `config.json`, whose `auto_map` names the class.
+This file is in the directory of `config.json`, whose `auto_map` names the class.
 """
 
 import torch
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         self.output_linear = nn.Linear(hidden, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # [..., heads * head_dim]: all heads, or those of a rank
+        # [..., heads * head_dim]: all heads, or those of this rank
         q, k, v = self.query_linear(x), self.key_linear(x), self.value_linear(x)
         return self.output_linear(self.attention(q, k, v))
 

@@ -7,7 +7,7 @@
     vllm serve build/plan_model --trust-remote-code \
         --tensor-parallel-size 2 --pipeline-parallel-size 2
 
-Nothing in the model knows of parallelism: its plans do.
+The code of the model has no parallelism; its plans describe it.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SEQ, BATCH, LEARNING_RATE = 128, 8, 2e-3
 
 
 def save_checkpoint(model: PlanForCausalLM, step: int, directory: Path) -> None:
-    """As trainers do: in a directory of its own, named by its step."""
+    """Save as trainers do: in a directory that is named by the step."""
     checkpoint = directory / "checkpoints" / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), checkpoint / "model.safetensors")

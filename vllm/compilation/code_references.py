@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whose a piece of code is, and which global names it reads."""
+"""To which package a piece of code belongs, and which global names it reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_fixed(module: str) -> bool:
     package = module.partition(".")[0]
     if package in FIXED_PACKAGES:
         return True
-    # Somebody's own module may have the name of one of Python's.
+    # A user's module may have the name of one of Python's modules.
     file = _file(package)
     return package in sys.stdlib_module_names and (
         file is None or file.is_relative_to(sysconfig.get_path("stdlib"))

@@ -3,9 +3,9 @@
 """Compilation by Inductor that rounds as eager execution does.
 
 An engine that is compiled and a trainer that runs eagerly differ in their last bits: a
-fused kernel keeps in float32 what eager kernels round in between, and computes its
-functions by other approximations. Here Inductor fuses only what gives the same bits.
-All else runs in the kernels of eager execution, which nothing takes apart.
+fused kernel keeps values in float32 that eager kernels round in between, and it uses
+other approximations of functions. Here Inductor fuses only what gives the same bits.
+Every other op runs its eager ATen kernel.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass
 
 aten = torch.ops.aten
 
-# They move values and change none.
+# Operators that only move values.
 MOVES = {
     aten.alias.default,
     aten.cat.default,
@@ -43,14 +43,14 @@ MOVES = {
     aten.unsqueeze.default,
     aten.view.default,
 }
-# One rounding each, which IEEE 754 prescribes.
+# Operators with one rounding each, which IEEE 754 prescribes.
 ARITHMETIC = {
     aten.add.Tensor,
     aten.mul.Tensor,
     aten.neg.default,
     aten.sub.Tensor,
 }
-# Approximations: fused where a trial of all values finds the same bits.
+# Approximations: fused if a trial of all values gives the same bits.
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": aten.gelu.default,
     "gelu_tanh": partial(aten.gelu.default, approximate="tanh"),
@@ -60,10 +60,10 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": aten.tanh.default,
 }
 OPTIONS = {
-    "emulate_precision_casts": True,  # rounds between what it fuses
-    "fallback_by_default": True,  # what the pass has not marked runs as in eager mode
+    "emulate_precision_casts": True,  # round between fused operators
+    "fallback_by_default": True,  # unmarked operators run their eager kernels
     "selective_decompose": True,
-    # They replace operators by others, such as a product and a sum by one addmm.
+    # These passes replace operators, such as a product and a sum by one addmm.
     "pattern_matcher": False,
     "use_joint_graph_passes": False,
 }
@@ -145,7 +145,7 @@ def _function_name(node: fx.Node) -> str:
 
 
 def _lowerable(node: fx.Node) -> Iterator[fx.Node]:
-    """`node`, or what it is made of in the place of it, if Inductor wants that."""
+    """`node`, or the nodes that replace it here if Inductor has no lowering of it."""
     if node.target in lowerings:
         yield node
         return

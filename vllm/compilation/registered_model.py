@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """torch.compile of models that a registered callable builds.
 
-vLLM compiles a class that its author has decorated and tried. A registered module is
-nobody's decorated class, so it is compiled if it can be, and runs eagerly if not; and
-since vLLM drops every guard, its compiled code is cached under what the module is,
-not only under what its files and config.json say.
+vLLM compiles a class whose author has decorated and tried it. Nobody has tried a
+registered module, so it is compiled if that is possible, and else runs eagerly. vLLM
+drops every guard, so compiled code is cached under a digest of the module, and not only
+under its files and config.json.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
         init(self, vllm_config=vllm_config, **kwargs)
         self._agreed_to_compile = False
         if not self.do_not_compile:
-            # Traced, a DTensor keeps the number of tokens of its first call, and
-            # without guards nothing would notice.
+            # A traced DTensor keeps the number of tokens of the first call, and
+            # vLLM has dropped the guards that would notice another number.
             traceable = not _has_wrapped_tensors(self.module)
             self.do_not_compile = not true_on_all_ranks(traceable)
 
@@ -79,8 +79,8 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
         except Exception as error:
             if self._agreed_to_compile:
                 raise
-            # Nothing has run yet, so this is from Dynamo, from Inductor, or from the
-            # module as it was traced; then it comes again from the eager call.
+            # Nothing has run yet, so the error is from Dynamo, from Inductor, or from
+            # the module while it was traced. The eager call raises the last one again.
             if self.do_not_compile:
                 reason = "another rank could not"
             else:
@@ -144,14 +144,14 @@ def true_on_all_ranks(value: bool) -> bool:
 
 
 def _is_eager_call() -> bool:
-    """Whether vLLM does not use its compiled code for this call."""
+    """Whether vLLM skips its compiled code in this call."""
     if torch.compiler.is_compiling():
         return True
     return is_forward_context_available() and get_forward_context().skip_compiled
 
 
 def _has_wrapped_tensors(module: nn.Module) -> bool:
-    """Whether there is a DTensor or the like, in an attribute or another tensor too."""
+    """Whether a tensor subclass such as DTensor is anywhere in the module."""
     pending: list[Any] = [module]
     seen: set[int] = set()
     while pending:
@@ -191,8 +191,8 @@ def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:
     """Make vLLM's cache of compiled code depend on what `module` is.
 
     Two callables may build different modules from the same files and the same
-    config.json: a lambda's variables are in neither. A module that cannot be
-    determined gets a key that nothing is found under.
+    config.json: a lambda's variables are in neither. If a part of the module cannot
+    be determined, its key is unique, so that nothing is found under it.
     """
     if vllm_config.compilation_config.mode == CompilationMode.NONE:
         return

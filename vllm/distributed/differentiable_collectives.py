@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Tensor-parallel collectives with gradients.
 
-One rule decides every gradient here, as in Megatron-LM: what all ranks hold alike
-(hidden states, norms, the loss) has a gradient that all ranks hold alike. So the
-gradient of an all-reduce is its output's as it is, and where a tensor that all ranks
-hold alike enters a sharded layer, the gradients of the ranks are summed.
+One rule decides every gradient here, as in Megatron-LM: if all ranks hold the same
+tensor (hidden states, norms, the loss), they all hold the same gradient of it. So an
+all-reduce passes the gradient of its output on unchanged, and where such a tensor
+enters a sharded layer, the gradients of the ranks are summed.
 
 `vllm.distributed.tensor_model_parallel_*` call these for tensors that need a gradient.
 They are PyTorch's functional collectives, which torch.compile traces and which autograd
@@ -44,7 +44,7 @@ def all_reduce(input_: torch.Tensor, group: "GroupCoordinator") -> torch.Tensor:
 
 
 def copy(input_: torch.Tensor, group: "GroupCoordinator") -> torch.Tensor:
-    """`input_`, which all ranks hold alike (Megatron's f). The gradient is summed."""
+    """`input_`, the same on all ranks (Megatron's f). The gradient is summed."""
     if group.world_size == 1:
         return input_
     return _Copy.apply(input_, group)
@@ -71,9 +71,9 @@ def reduce_scatter(
 def start_sum(
     tensor: torch.Tensor, group: "GroupCoordinator"
 ) -> Callable[[], torch.Tensor]:
-    """Begin to sum a tensor that nobody else needs; it may be overwritten.
+    """Begin to sum a tensor over the ranks, which may overwrite it.
 
-    No gradient passes: this is for the backward of a layer, which has more to compute
+    It passes no gradient: the backward of a layer calls it, and computes something else
     in the meantime.
 
     Returns:

@@ -4,10 +4,10 @@
 
     python -m vllm.entrypoints.link_checkpoint DIR
 
-vLLM reads weights beside `config.json`; a trainer saves them by checkpoints in a
-sub-directory. Only checkpoints that are complete are taken, as Transformers,
-Accelerate, verl and SkyRL write them, or anybody who saves weights by the same names.
-The links are relative, and those of an earlier checkpoint are replaced.
+vLLM reads weights beside `config.json`, while a trainer saves each checkpoint in a
+sub-directory. The command takes only complete checkpoints, with the file names that
+Transformers, Accelerate, verl and SkyRL write. The links are relative, and replace
+those of an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEP = re.compile(r"(?:.*[-_.=])?(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\
 UNFINISHED = re.compile(
     r"\..*|(.*[-_.])?(tmp|temp|partial|incomplete|bak)([-_.\d].*)?", re.IGNORECASE
 )
-# Written by verl, Megatron and SkyRL when a checkpoint is whole, beside it.
+# Files that verl, Megatron and SkyRL write beside a checkpoint once it is whole.
 TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 
 
@@ -120,7 +120,7 @@ def link_checkpoint(
 
 def _link(directory: Path, source: Checkpoint, force: bool) -> list[Path]:
     links = [directory / file.name for file in source.files]
-    # What vLLM would read in the place of the links, or with them.
+    # Files that vLLM would read instead of the links, or in addition to them.
     suffixes = SUFFIXES[: SUFFIXES.index(source.files[0].suffix) + 1]
     own = [path for path in _read_by_vllm(directory, suffixes) if not path.is_symlink()]
     beside = [p.name for p in own if p not in links and p.suffix != ".json"]

@@ -78,7 +78,7 @@ def _load_from_package(directory: Path, reference: str) -> Any:
     digest = hashlib.sha256(str(directory.resolve()).encode())
     for path in sorted(directory.rglob("*.py")):
         digest.update(path.read_bytes())
-    package = f"model_code_{digest.hexdigest()}"  # edited code is another package
+    package = f"model_code_{digest.hexdigest()}"  # edited code: another name
     if package not in sys.modules:
         spec = ModuleSpec(package, None, is_package=True)
         spec.submodule_search_locations = [str(directory)]
@@ -117,7 +117,8 @@ def auto_map_model(
         return None
     model = AutoMapModel(reference, model_config)
     if VLLM_KEY in auto_map:
-        model.load()  # here, an error of its code is one of the caller's
+        # Here, so that an error in the code is raised in the caller's process.
+        model.load()
         return model
     if any(arch in known for arch in model_config.hf_config.architectures or ()):
         return None

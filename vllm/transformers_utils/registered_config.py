@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The config of a model that a user registered: it has every key of `config.json`.
 
-Transformers drops keys that a generation config has (`top_k`, `use_cache`) and rewrites
-others (`rope_scaling`, `dtype`), which mean what its own models take them for.
+Transformers drops keys that belong to a generation config (`top_k`, `use_cache`), and
+rewrites others (`rope_scaling`, `dtype`) as its own models expect them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RegisteredModelConfig(PretrainedConfig):
         super().__init__()
         vars(self).update(copy.deepcopy(values))
 
-    # An attribute of its own comes before the properties of Transformers' class, some
-    # of which answer with another attribute.
+    # A key of the file comes before a property of that name in Transformers' class,
+    # because some properties return the value of another key.
     def __getattribute__(self, name: str) -> Any:
         values = object.__getattribute__(self, "__dict__")
         return values[name] if name in values else super().__getattribute__(name)
@@ -113,7 +113,7 @@ def _restore(config: PretrainedConfig, config_dict: Mapping[str, Any]) -> None:
 
 
 def generation_source(config: PretrainedConfig) -> PretrainedConfig:
-    """What of `config` counts where no `generation_config.json` is: special tokens.
+    """The part of `config` that sampling may use: special tokens only.
 
     A registered model's `top_k` may be its number of experts.
     """

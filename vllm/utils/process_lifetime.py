@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """No process outlives the one it works for, and none leaves sockets behind.
 
-A process can be killed at any moment, so nothing depends on what it does last: whoever
-is left notices that it is gone.
+A process can be killed at any moment, so nothing depends on what it does last: the
+processes that are left notice that it is gone.
 
-Ctrl-C is for the program. A terminal sends it to all processes, but those of an engine
-do not see it: the program ends them, in order, if it wants to end.
+Only the program handles Ctrl-C. A terminal sends it to all processes, but an engine's
+processes block it. If the program ends, it ends them in order.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def socket_directory() -> str:
     `VLLM_RPC_BASE_PATH` if it is set, else the directory that multiprocessing shares
     between a process and its children and removes with the former.
     """
-    # It removes the shared memory of the dead. Forked children would start their own,
-    # which is killed with them.
+    # The tracker frees dead processes' shared memory; start it before forking, because
+    # a child that starts its own tracker may be killed together with it.
     resource_tracker.ensure_running()
     return os.environ.get("VLLM_RPC_BASE_PATH") or get_temp_dir()
 
@@ -55,9 +55,9 @@ def rendezvous_file(name: str) -> str:
 
 
 def remove_with(socket: zmq.Socket, address: str) -> None:
-    """Remove the file of `socket`, bound to `address`, when either it or we are gone.
+    """Remove the file of `socket`, bound to `address`, with the socket or this process.
 
-    ZeroMQ leaves it.
+    ZeroMQ does not remove it.
     """
     if address.startswith("ipc://"):
         path = address.removeprefix("ipc://")
@@ -100,7 +100,7 @@ def interruptible() -> Iterator[None]:
 
 def start(process: BaseProcess) -> None:
     """Start `process` without Ctrl-C, even while it imports what it is to run."""
-    # Else the tracker is started on the way, which lets the signal through again.
+    # Else process.start() starts the tracker, which unblocks the signal again.
     resource_tracker.ensure_running()
     before = _block_interrupts()
     try:
@@ -110,7 +110,7 @@ def start(process: BaseProcess) -> None:
 
 
 def _block_interrupts() -> set[int | signal.Signals]:
-    """Keep Ctrl-C from this thread and what it starts; returns the mask before."""
+    """Block Ctrl-C for this thread and what it starts; returns the previous mask."""
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
@@ -165,9 +165,9 @@ def _prepare_child() -> None:
 
 
 def _exit_at_once() -> None:
-    """End a child that had no error as a forked one ends, whatever started it.
+    """End a child that had no error without running the interpreter's shutdown.
 
-    The interpreter would collect its garbage first, for seconds.
+    A forked child ends like this. The shutdown would collect garbage for seconds.
     """
     error = sys.exc_info()[1]
     if error is None or (isinstance(error, SystemExit) and not error.code):

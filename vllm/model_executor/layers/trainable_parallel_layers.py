@@ -22,7 +22,7 @@ __all__ = ["differentiable_embedding", "differentiable_linear"]
 
 
 def differentiable_linear(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Of the `apply(layer, x, bias)` of an unquantized linear or embedding method."""
+    """Decorates `Unquantized*Method.apply(layer, x, bias)`."""
 
     @functools.wraps(apply)
     def apply_or_train(
@@ -36,7 +36,7 @@ def differentiable_linear(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def differentiable_embedding(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `VocabParallelEmbedding.forward(input_)`."""
+    """Decorates `VocabParallelEmbedding.forward(input_)`."""
 
     @functools.wraps(forward)
     def look_up_or_train(self: Any, input_: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def _linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
     output = F.linear(x, weight, bias)
     bias_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     if bias_elsewhere and layer.bias is not None and not layer.skip_bias_add:
-        # Rank 0 adds it, and the sum brings it to all.
+        # Rank 0 adds the bias, and the sum over the ranks brings it to all.
         output = _AddedElsewhere.apply(output, layer.bias)
     return output
 
@@ -101,7 +101,7 @@ def _embedding(layer: Any, input_: torch.Tensor) -> torch.Tensor:
 
 
 def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """In the dtype that autocast, which cannot see into a Function, gives a linear."""
+    """Cast as autocast casts a linear; it cannot see into a Function."""
     assert tensors[0] is not None
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -113,7 +113,7 @@ def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """`F.linear` of an `x` that all ranks hold alike, so that its gradient is summed.
+    """`F.linear` of an `x` that is the same on all ranks; its gradient is summed.
 
     The ranks exchange the gradient of `x` while they compute that of the weight.
     """
@@ -165,7 +165,7 @@ class _AddedElsewhere(torch.autograd.Function):
 def _share_kv_heads(
     layer: Any, parameter: torch.Tensor, group: GroupCoordinator
 ) -> torch.Tensor:
-    """`parameter` of the fused projection, whose KV rows several ranks hold alike."""
+    """`parameter` of the fused projection, whose KV rows several ranks share."""
     num_query_rows = layer.num_heads * layer.head_size
     return _SumOfReplicas.apply(
         parameter, group, num_query_rows, layer.num_kv_head_replicas
@@ -173,7 +173,7 @@ def _share_kv_heads(
 
 
 class _SumOfReplicas(torch.autograd.Function):
-    """The gradients of the rows from `start` on are summed over neighbouring ranks."""
+    """Sums the gradients of the rows from `start` on over neighbouring ranks."""
 
     @staticmethod
     def forward(

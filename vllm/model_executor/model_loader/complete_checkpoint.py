@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-# In the order in which vLLM's loader looks for them; the first that has files counts.
+# In the order in which vLLM's loader looks for them; it takes the first that matches.
 SUFFIXES = (".safetensors", ".bin", ".pt")
 # Where a checkpoint has its weights: in Transformers and Accelerate, verl, SkyRL.
 FOLDERS = (
@@ -17,10 +17,10 @@ FOLDERS = (
     "policy/huggingface",
     "policy",
 )
-# Of the names without a suffix, all that are weights for sure.
+# Names without a suffix that are certainly weights.
 WEIGHTS = re.compile(r"(pytorch_)?model|model_state|consolidated|weights|state_dict")
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")
-# What trainers write that is no weights of a model, and what to do with it.
+# Files of trainers that are not a model's weights, and what to do with them.
 OTHERS = {
     r"adapter_model\.(safetensors|bin)": (
         "has a LoRA adapter only, which vLLM takes by --lora-modules"
@@ -42,7 +42,7 @@ LONGEST_SAFETENSORS_HEADER = 100_000_000
 
 
 class UnusableError(OSError):
-    """A checkpoint is not complete, or in no format that vLLM loads."""
+    """A checkpoint is not complete, or its format is not one that vLLM loads."""
 
 
 def complete_weights(checkpoint: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.load import weights_of
 
-# What PyTorch says, as a RuntimeError, of a file that is not whole.
+# Parts of the RuntimeError that PyTorch raises for a file that is not whole.
 READING_ERRORS = ("PytorchStreamReader", "unexpected EOF", "corrupt")
 
 
@@ -60,7 +60,7 @@ def load_full_checkpoint(
 def readable(
     weights: Iterable[tuple[str, torch.Tensor]], source: str
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """`weights`, with a ValueError where a file is read that is not whole."""
+    """`weights`, with a ValueError if a file that is read is not whole."""
     return weights if isinstance(weights, Collection) else _read(weights, source)
 
 

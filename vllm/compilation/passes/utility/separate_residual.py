@@ -12,8 +12,8 @@ aten = torch.ops.aten
 class SeparateResidualPass(InductorPass):
     """Takes sums with a residual stream out of the matrix products before them.
 
-    Inductor makes one `addmm` of both, which begins by copying the residual. A sum of
-    its own is fused into the norm that follows. The sums with a bias stay.
+    Inductor makes one `addmm` of both, which begins by copying the residual. A separate
+    sum is fused into the norm that follows. Sums with a bias are left in the `addmm`.
     """
 
     def __call__(self, graph: fx.Graph) -> None:

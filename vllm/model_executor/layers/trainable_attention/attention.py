@@ -139,9 +139,9 @@ class TrainableAttention(nn.Module):
             self.paged = build_paged_attention(self, prefix)
 
     def _add_kv_caches(self, calls: int) -> None:
-        """Have a KV cache for each of the `calls` that one forward makes of this layer.
+        """Add KV caches until there is one for each of the `calls` in one forward.
 
-        While the engine loads the model, which allocates the caches afterwards.
+        Call this while the engine loads the model; it allocates the caches afterwards.
         """
         assert self.paged is not None
         later = [] if self.paged_later is None else list(self.paged_later)
@@ -156,7 +156,7 @@ class TrainableAttention(nn.Module):
             self.paged_later = nn.ModuleList(later)
 
     def _in_engine_step(self) -> bool:
-        """Whether a call now is one of an engine, and not a trainer's."""
+        """Whether a call at this moment belongs to an engine and not to a trainer."""
         if self.steps_are_marked or self.paged is None:
             return current_step() is not None
         # Part of a model class that vLLM runs without our wrapper around it.

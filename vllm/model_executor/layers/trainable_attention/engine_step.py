@@ -6,8 +6,8 @@ A forward of a model that an engine built is an `EngineStep` of the thread that 
 All other calls of the same layers, on other threads or in between, are a trainer's.
 
 A forward may call a layer several times, as looped and weight-shared models do. Each
-call has keys and values of its own and so a KV cache of its own. How many there are is
-counted once, when the model is tried on a few tokens while it is loaded.
+call has its own keys and values, and therefore its own KV cache. The calls are counted
+once, when the model is tried on a few tokens while it is loaded.
 """
 
 import threading
@@ -33,8 +33,9 @@ class AttentionCalls:
 class EngineStep:
     """A forward of a model in an engine, as a context manager around it.
 
-    The first one of `calls` counts; the others must call the same layers as often.
-    A trainer may call the same model: a step has a forward context and no gradients.
+    The first step of `calls` counts; later ones must call the layers equally often.
+    A trainer may call the same model. That is no step, because a step has a forward
+    context and no gradients.
 
     Raises:
         RuntimeError: at the end, layers were called less often than the first time.

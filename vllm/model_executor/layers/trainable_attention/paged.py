@@ -98,8 +98,8 @@ def build_paged_attention(
     if vllm_config is None or vllm_config.model_config is None:
         return None
     if not layer.causal and vllm_config.model_config.runner_type != "pooling":
-        # It would see only the new tokens of a step. Outside steps, as in a vision
-        # encoder, it still is of use.
+        # In a step it would see only the new tokens. It is still useful outside of
+        # steps, as in a vision encoder.
         return None
     if not prefix:
         prefix = _free_name(vllm_config)
@@ -110,8 +110,8 @@ def build_paged_attention(
         )
     cache_config = vllm_config.cache_config
     if cache_config.sliding_window != layer.sliding_window:
-        # The layer's own window holds, as it does in training; vLLM would put the
-        # window of config.json in the place of None.
+        # The layer's own window counts, as it does in training. For None, vLLM would
+        # take the window of config.json.
         cache_config = copy.copy(cache_config)
         cache_config.sliding_window = layer.sliding_window
     # Backends without sinks do not take the argument.

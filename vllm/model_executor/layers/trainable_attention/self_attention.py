@@ -197,7 +197,7 @@ def _rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates q and k, `[..., heads, head_dim]`, by their positions `[...]`."""
     head_dim = q.shape[-1]
-    # Computed anew and in float32, so that no .to(bfloat16) or to_empty() spoils it.
+    # Computed in each call and in float32, so that .to(bfloat16) cannot round it.
     exponents = torch.arange(0, head_dim, 2, device=q.device, dtype=torch.float32)
     inv_freq = 1.0 / (theta ** (exponents / head_dim))
     angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq
