@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Updates of real engines by trainers whose weights are divided in other ways."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from layout_models import (
+    CONFIG,
+    PLAIN,
+    Stage,
+    build_dtensor,
+    build_megatron,
+    build_parallel,
+    build_plain,
+    build_planned,
+)
+from ranks import run_ranks
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from vllm import LLM, ModelRegistry
+from vllm.distributed.weight_sync import WeightSync
+from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.models.parallel_plan import apply_plans
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_validation import validate
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [[1, 2, 3], list(range(40)), [7]]
+
+
+def reference(seed: int) -> Stage:
+    """The whole model, as it is after a step of training."""
+    generator = torch.Generator().manual_seed(seed)
+    model = build_plain(SimpleNamespace(**CONFIG))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def save(folder: Path, seed: int) -> None:
+    config = CONFIG | {"architectures": ["SyncedModel"], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(reference(seed).state_dict(), folder / "model.safetensors")
+
+
+# ---- Trainers: what each of two ranks holds
+
+
+def whole(context: ParallelContext) -> tuple[nn.Module, ParallelContext]:
+    return build_plain(SimpleNamespace(**CONFIG)), ParallelContext()
+
+
+def fsdp(context: ParallelContext) -> tuple[nn.Module, ParallelContext]:
+    model = build_plain(SimpleNamespace(**CONFIG))
+    for layer in model.layers.values():
+        fully_shard(layer)
+    return fully_shard(model), ParallelContext()
+
+
+def stages(context: ParallelContext) -> tuple[nn.Module, ParallelContext]:
+    place = ParallelContext(
+        pipeline_parallel_size=2, pipeline_parallel_rank=dist.get_rank()
+    )
+    return Stage(SimpleNamespace(**CONFIG), place, PLAIN), place
+
+
+def divided(
+    build: Callable[..., nn.Module], context: ParallelContext
+) -> tuple[nn.Module, ParallelContext]:
+    hf_config = SimpleNamespace(**CONFIG)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+    return apply_plans(build(config, context), config, context), context
+
+
+TRAINERS: dict[str, Callable[..., tuple[nn.Module, ParallelContext]]] = {
+    "whole": whole,
+    "fsdp": fsdp,
+    "stages": stages,
+    "vllm layers": partial(divided, build_parallel),
+    "dtensor": partial(divided, build_dtensor),
+    "megatron": partial(divided, build_megatron),
+    "plan": partial(divided, build_planned),
+}
+ENGINES = {
+    "vllm layers": build_parallel,
+    "dtensor": build_dtensor,
+    "megatron": build_megatron,
+    "plan": build_planned,
+}
+
+
+def update_from_each(
+    folder: Path, engine: str, layout: dict[str, int], context: ParallelContext
+) -> None:
+    """On each of two ranks, of which the first has the engine."""
+    ModelRegistry.register_model("SyncedModel", ENGINES[engine], supports_pp=True)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # torchrun's ranks unset it
+    llm = None
+    if dist.get_rank() == 0:
+        llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            max_model_len=64,
+            kv_cache_memory_bytes=32 << 20,
+            enforce_eager=True,
+            **layout,
+        )
+    for seed, (name, build) in enumerate(TRAINERS.items(), start=1):
+        expected = reference(seed)
+        model, place = build(context)
+        state = expected.state_dict()
+        if name == "stages":
+            model.load_state_dict({key: state[key] for key in model.state_dict()})
+        else:
+            load_full_checkpoint(model, state.items(), place, name)
+        sync = WeightSync(model, llm, parallel_context=place, timeout=120)
+        sync.update()
+        sync.close()
+        if llm is not None:
+            report = validate(llm, logits_of(expected), PROMPTS, max_tokens=8)
+            assert report.passed, f"{name}: {report.to_json()}"
+
+
+def logits_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda ids: model.lm_head(model(ids, torch.arange(len(ids))))
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout"),
+    [
+        ("vllm layers", {"tensor_parallel_size": 2}),
+        pytest.param("plan", {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param("dtensor", {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param("megatron", {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            "vllm layers", {"pipeline_parallel_size": 2}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_every_trainer_updates_an_engine(
+    tmp_path: Path, engine: str, layout: dict[str, int]
+) -> None:
+    """After each update the engine has the log-probabilities of that trainer."""
+    save(tmp_path, seed=0)
+    run_ranks(
+        partial(update_from_each, tmp_path, engine, layout),
+        tmp_path,
+        tensor_parallel_size=2,
+    )
