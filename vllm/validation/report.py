@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Check that a served model computes what its reference computes.
+"""What a comparison of a served model with its reference found, and whether it passed.
 
-The engine generates greedily; the reference then reads each whole sequence once and
-says what it would have done at every position. Because it reads the *served* tokens
-(teacher forcing), one near-tie counts once and does not cascade.
-
-    report = validate(llm, lambda token_ids: model(token_ids), prompts)
-    report.print_table()
-    sys.exit(report.exit_code)
+A report is a table, JSON and an exit code. It knows tokens and their numbers only, not
+where these came from.
 """
 
 from __future__ import annotations
@@ -16,28 +11,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm.inputs import TokensPrompt
-from vllm.logprobs import FlatLogprobs, PromptLogprobs, SampleLogprobs
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import SamplingParams
-
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from vllm.entrypoints.llm import LLM
-    from vllm.tokenizers import TokenizerLike
-
-# Token ids [seq] (int64, on the CPU) -> logits [seq, vocab] of any floating dtype;
-# row i predicts token i + 1.
-Reference = Callable[[torch.Tensor], torch.Tensor]
-
+# How many tokens or ranks are listed at the most.
 LISTED = 8
 # Relative: a few units in the last place of the float32 that an engine reports.
 RESOLUTION = 4 * torch.finfo(torch.float32).eps
@@ -52,11 +36,11 @@ class Thresholds:
     matters for those below -200.
 
     Args:
-        greedy_agreement: least fraction of generated tokens that are the reference's
+        greedy_agreement: Least fraction of generated tokens that are the reference's
             own first choice.
-        max_logprob_diff: largest |Δ log p| of any token, in nats.
-        mean_logprob_diff: largest mean |Δ log p|, in nats.
-        max_kl: largest KL(served || reference) at any generated token, in nats. The
+        max_logprob_diff: Largest |Δ log p| of any token, in nats.
+        mean_logprob_diff: Largest mean |Δ log p|, in nats.
+        max_kl: Largest KL(served || reference) at any generated token, in nats. The
             default is what errors of `max_logprob_diff` in all log-probs add up to.
 
     """
@@ -72,19 +56,19 @@ class TokenComparison:
     """One token, as served and as the reference sees it.
 
     Args:
-        prompt: index of the prompt.
-        position: index in the sequence, prompt included.
-        token_id: the token.
-        generated: whether the engine chose it; otherwise it is of the prompt.
-        served_logprob: its log-probability in the engine, in nats.
-        reference_logprob: its log-probability in the reference, in nats.
-        rank: its place in the reference's order, 1 for the most likely; tokens tied
+        prompt: Index of the prompt.
+        position: Index in the sequence, prompt included.
+        token_id: The token.
+        generated: Whether the engine chose it; otherwise it is of the prompt.
+        served_logprob: Its log-probability in the engine, in nats.
+        reference_logprob: Its log-probability in the reference, in nats.
+        rank: Its place in the reference's order, 1 for the most likely; tokens tied
             with it do not count. 0 if the reference's logits have NaNs.
         kl: KL(served || reference) over the log-probs served at this position, both
             sides normalized over these; None if fewer than two were served.
-        finite: whether all the above are finite numbers, or both log-probabilities
+        finite: Whether all the above are finite numbers, or both log-probabilities
             are -inf: the token is masked on both sides.
-        text: the token's text, if there is a tokenizer.
+        text: The token's text, if there is a tokenizer.
 
     """
 
@@ -128,12 +112,12 @@ class ValidationReport:
     """How a served model compares to its reference.
 
     Args:
-        thresholds: what had to be kept.
-        num_prompts: prompts that were served.
-        tokens: every compared token, of prompts and generated.
-        missing_tokens: tokens that were asked for and not generated, or that came
+        thresholds: What had to be kept.
+        num_prompts: Prompts that were served.
+        tokens: Every compared token, of prompts and generated.
+        missing_tokens: Tokens that were asked for and not generated, or that came
             without a log-probability.
-        kl_support: over which log-probs the KL was taken.
+        kl_support: Over which log-probs the KL was taken.
 
     """
 
@@ -292,175 +276,6 @@ class ValidationReport:
                 )
             parts.append(worst)
         return Group(*parts)
-
-
-def validate(
-    llm: LLM,
-    reference: Reference,
-    prompts: Sequence[str | list[int]],
-    max_tokens: int = 64,
-    thresholds: Thresholds | None = None,
-) -> ValidationReport:
-    """Serve `prompts` greedily and compare every token with the reference.
-
-    The KL is over the whole vocabulary if the engine was started with
-    `max_logprobs=-1`, else over the `max_logprobs` most likely tokens. Generation
-    does not stop at an end-of-sequence token. Log-probs of the prompts are asked
-    for, too; therefore vLLM does not read its prefix cache here.
-
-    Args:
-        llm: the engine.
-        reference: token ids `[seq]` (int64, on the CPU) -> logits `[seq, vocab]` of
-            any floating dtype; row i predicts token i + 1. Called once per prompt,
-            without gradients.
-        prompts: texts or lists of token ids.
-        max_tokens: tokens to generate for each prompt.
-        thresholds: what has to be kept; by default `Thresholds()`, for float32.
-
-    Raises:
-        ValueError: there is nothing to compare, or the reference's logits have
-            another shape.
-
-    """
-    if not prompts or max_tokens < 1:
-        raise ValueError(
-            f"Nothing to validate: {len(prompts)} prompts, max_tokens={max_tokens}. "
-            "Give at least one prompt and one token."
-        )
-    model_config = llm.llm_engine.model_config
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        logprobs=model_config.max_logprobs,
-        prompt_logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,  # of a whole vocabulary, at every position
-    )
-    inputs: list[str | TokensPrompt] = [
-        prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
-        for prompt in prompts
-    ]
-    outputs = llm.generate(inputs, params, use_tqdm=False)
-    tokenizer = None if model_config.skip_tokenizer_init else llm.get_tokenizer()
-    return validate_outputs(outputs, reference, max_tokens, thresholds, tokenizer)
-
-
-@torch.no_grad()
-def validate_outputs(
-    outputs: Sequence[RequestOutput],
-    reference: Reference,
-    max_tokens: int,
-    thresholds: Thresholds | None = None,
-    tokenizer: TokenizerLike | None = None,
-) -> ValidationReport:
-    """Compare what an engine, such as an `AsyncLLM`, already generated.
-
-    Args:
-        outputs: finished requests, generated greedily with `logprobs` and, for the
-            prompts' tokens to be compared, too, `prompt_logprobs`.
-        reference: as for `validate`.
-        max_tokens: tokens that every request should have generated.
-        thresholds: as for `validate`.
-        tokenizer: decodes tokens for the table.
-
-    Raises:
-        ValueError: the reference's logits have another shape.
-
-    """
-    tokens: list[TokenComparison] = []
-    missing = 0
-    served_per_token: list[int] = []
-    vocab_size = 0
-    for index, output in enumerate(outputs):
-        prompt, completion = list(output.prompt_token_ids or []), output.outputs[0]
-        sequence = prompt + list(completion.token_ids)
-        logprobs = _reference_logprobs(reference, sequence)
-        vocab_size = logprobs.shape[1]
-        missing += max(0, max_tokens - len(completion.token_ids))
-        for position in range(1, len(sequence)):  # nothing predicts the first token
-            token_id, generated = sequence[position], position >= len(prompt)
-            if generated:
-                served = _served_logprobs(completion.logprobs, position - len(prompt))
-            elif output.prompt_logprobs is not None:
-                served = _served_logprobs(output.prompt_logprobs, position)
-            else:
-                continue
-            if token_id not in served:
-                missing += 1
-                continue
-            row = logprobs[position - 1]
-            kl = _kl(served, row)
-            if generated:
-                served_per_token.append(len(served))
-            pair = {served[token_id], row[token_id].item()}
-            numbers = {kl or 0.0} | (set() if pair == {-math.inf} else pair)
-            tokens.append(
-                TokenComparison(
-                    prompt=index,
-                    position=position,
-                    token_id=token_id,
-                    generated=generated,
-                    served_logprob=served[token_id],
-                    reference_logprob=row[token_id].item(),
-                    rank=0
-                    if row.isnan().any()
-                    else int((row > row[token_id]).sum()) + 1,
-                    kl=kl,
-                    finite=all(map(math.isfinite, numbers)),
-                    text=tokenizer.decode([token_id]) if tokenizer else "",
-                )
-            )
-    fewest = min(served_per_token, default=0)
-    whole = fewest == vocab_size > 0
-    return ValidationReport(
-        thresholds=thresholds or Thresholds(),
-        num_prompts=len(outputs),
-        tokens=tuple(tokens),
-        missing_tokens=missing,
-        kl_support=(
-            "the whole vocabulary"
-            if whole
-            else f"the {fewest} tokens served as most likely, not the whole vocabulary"
-        ),
-    )
-
-
-def _reference_logprobs(reference: Reference, sequence: list[int]) -> torch.Tensor:
-    """Log-probs `[seq, vocab]` in float64, on the CPU."""
-    logits = reference(torch.tensor(sequence))
-    if (
-        logits.dim() != 2
-        or len(logits) != len(sequence)
-        or (logits.shape[1] <= max(sequence))
-    ):
-        raise ValueError(
-            f"The reference returned logits of shape {list(logits.shape)} for "
-            f"{len(sequence)} token ids up to {max(sequence)}; expected "
-            f"[{len(sequence)}, vocab], without a batch axis."
-        )
-    return logits.to("cpu", torch.float64).log_softmax(-1)
-
-
-def _served_logprobs(
-    logprobs: SampleLogprobs | PromptLogprobs | None, index: int
-) -> dict[int, float]:
-    """Log-prob of each token that the engine reported at `index`, none if none."""
-    if logprobs is None or index >= len(logprobs):
-        return {}
-    if isinstance(logprobs, FlatLogprobs):  # without an object for each log-prob
-        at = slice(logprobs.start_indices[index], logprobs.end_indices[index])
-        return dict(zip(logprobs.token_ids[at], logprobs.logprobs[at], strict=True))
-    return {token: entry.logprob for token, entry in (logprobs[index] or {}).items()}
-
-
-def _kl(served: dict[int, float], reference: torch.Tensor) -> float | None:
-    """KL(served || reference) over the served tokens, both normalized over these."""
-    if len(served) < 2:
-        return None
-    p = torch.tensor(list(served.values()), dtype=torch.float64).log_softmax(-1)
-    q = reference[list(served)].log_softmax(-1)
-    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item()
 
 
 def _within(of: str, tokens: list[TokenComparison], limits: Thresholds) -> list[Check]:
