@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Logits, log-probabilities and cross-entropy with the vocabulary split over ranks.
 
-No rank ever holds `[tokens, vocab]`: the ranks exchange two numbers for each token, and
-nothing in backward. Sums are in float32, or in float64 for logits in float64, but no
-float32 copy of all logits is made: on a GPU and in compiled models kernels are fused,
-and else take blocks of rows.
+No rank ever holds `[tokens, vocab]`: the ranks exchange two numbers for each token in
+forward, and nothing in backward. Sums are in float32, or in float64 for logits in
+float64, without a float32 copy of all logits: on a GPU and in compiled models kernels
+are fused, and on a CPU they take blocks of rows.
 
 Reference: Megatron-LM, https://arxiv.org/abs/1909.08053, section 3
 """
@@ -29,11 +29,11 @@ __all__ = [
 def vocab_parallel_logits(
     lm_head: VocabParallelEmbedding, hidden_states: torch.Tensor
 ) -> torch.Tensor:
-    """This rank's logits, with which vLLM's `LogitsProcessor` begins.
+    """This rank's logits: what vLLM's `LogitsProcessor` gathers.
 
     Args:
-        lm_head: a `ParallelLMHead`, or the embedding whose weight is also the head's.
-        hidden_states: `[..., hidden]`, alike on all ranks.
+        lm_head: A `ParallelLMHead`, or the embedding whose weight is also the head's.
+        hidden_states: `[..., hidden]`, the same on all ranks.
 
     Returns:
         `[..., padded vocab / TP]`, differentiable. Columns after the rank's last
@@ -47,19 +47,19 @@ def vocab_parallel_logits(
 def vocab_parallel_token_log_probs(
     logits: torch.Tensor, token_ids: torch.Tensor, lm_head: VocabParallelEmbedding
 ) -> torch.Tensor:
-    """Log-probabilities of tokens, alike on all ranks.
+    """Log-probabilities of tokens, the same on all ranks.
 
     Args:
         logits: `[..., padded vocab / TP]` from `vocab_parallel_logits`.
-        token_ids: int64 `[...]`, of the whole vocabulary, alike on all ranks.
-        lm_head: says which tokens are this rank's.
+        token_ids: Int64 `[...]`, of the whole vocabulary, the same on all ranks.
+        lm_head: Says which tokens are this rank's.
 
     Returns:
         float32 `[...]`, or float64 for float64 logits; differentiable. A token outside
         the vocabulary has -inf.
 
     Raises:
-        ValueError: shapes do not fit each other or `lm_head`.
+        ValueError: Shapes do not fit each other or `lm_head`.
 
     """
     width = lm_head.num_embeddings_per_partition
@@ -87,17 +87,17 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> torch.Tensor:
-    """Cross-entropy in nats, alike on all ranks, as of `F.cross_entropy`.
+    """Cross-entropy in nats, the same on all ranks, as of `F.cross_entropy`.
 
     Args:
         logits: `[..., padded vocab / TP]` from `vocab_parallel_logits`.
-        labels: int64 `[...]`, of the whole vocabulary, alike on all ranks.
-        lm_head: says which tokens are this rank's.
-        ignore_index: a label that does not count.
-        reduction: the mean or the sum over labels that count, or none: `[...]`.
+        labels: Int64 `[...]`, of the whole vocabulary, the same on all ranks.
+        lm_head: Says which tokens are this rank's.
+        ignore_index: A label that does not count.
+        reduction: The mean or the sum over labels that count, or none: `[...]`.
 
     Raises:
-        ValueError: shapes do not fit each other or `lm_head`.
+        ValueError: Shapes do not fit each other or `lm_head`.
 
     """
     counts = labels != ignore_index
@@ -166,7 +166,7 @@ def _gradient(
     return exact.masked_fill(column >= size, 0).to(dtype)
 
 
-# Fused, each reads the logits and writes nothing as large but the gradient.
+# Fused, they read the logits once; only the gradient is written at the logits' size.
 _KERNELS = {function: torch.compile(function) for function in (_logsumexp, _gradient)}
 
 
