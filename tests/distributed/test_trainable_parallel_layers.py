@@ -40,17 +40,15 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.layers.vocab_parallel_loss import (
+from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+from vllm.training.checkpoints import TrainingState
+from vllm.training.clipping import clip_grad_norm_
+from vllm.training.initial_values import initialize_parameters
+from vllm.training.loss import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
     vocab_parallel_token_log_probs,
-)
-from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
-from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
-from vllm.model_executor.tensor_parallel_training import (
-    TrainingState,
-    clip_grad_norm_,
-    initialize_parameters,
 )
 
 STEPS, STEPS_AFTER = 50, 3

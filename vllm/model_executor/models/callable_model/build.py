@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
-from vllm.model_executor.models.parallel_plan import apply_plans
+from vllm.model_executor.models.plans.apply import apply_plans
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.placement import place, unwrap
 from vllm.utils.import_utils import resolve_obj_by_qualname
