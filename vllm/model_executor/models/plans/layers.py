@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The layers that plans put in the place of a module's own.
+"""Layers whose forward a plan changes, and hooks around other modules.
 
-A layer whose forward changes becomes one of another class, which is a subclass of its
-own. So it stays what it was for code that looks for `nn.Linear`, and code that puts
-another module in its place can see by its class what that has to do.
+A layer whose forward changes gets another class, which is a subclass of its own. So it
+is still an `nn.Linear` for code that looks for one, and code that puts another module
+in its place sees by its class what that module has to do.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from vllm.model_executor.parallel_context import ParallelContext
 def become(part: nn.Module, layer: type[nn.Module], **attributes: Any) -> None:
     """Have `part` run the forward of `layer`, as a subclass of its own class.
 
-    It stays the same object, with its parameters, hooks and attributes, as of a module
-    that `fully_shard` or `parametrize` gave another class. Its class keeps its name.
+    Only the class changes, as with `fully_shard`: `part` stays the same object, with
+    its parameters, hooks and attributes. A class that is made for it keeps the name of
+    its own, by which `_no_split_modules` and others know it.
 
     Args:
         part: A module.

@@ -153,7 +153,7 @@ def _with_wildcards(module: nn.Module, name: str) -> str:
 
 
 def owners(name: str) -> Iterator[str]:
-    """The names of the modules that contain `name`, innermost first; the root is ``."""
+    """The names of the modules that contain `name`, innermost first; last the empty."""
     while name:
         name = name.rpartition(".")[0]
         yield name
