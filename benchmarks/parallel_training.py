@@ -51,7 +51,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 class Batch:
-    """Packed sequences of equal length, alike on all ranks."""
+    """Packed sequences of equal length, the same on all ranks."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         tokens = args.sequences * args.length
@@ -74,7 +74,7 @@ Model = tuple[nn.Module, Callable[[Batch], torch.Tensor]]
 
 def vllm_layers(shape: LlamaShape, context: ParallelContext) -> Model:
     model = Llama(shape, context)
-    torch.manual_seed(0)  # alike on all ranks
+    torch.manual_seed(0)  # the same on all ranks
 
     def initialize(name: str, whole: torch.Tensor) -> None:
         if "norm" in name:

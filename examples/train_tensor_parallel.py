@@ -140,7 +140,7 @@ def initialize(name: str, tensor: torch.Tensor) -> None:
 
 
 def batch_of(tokens: torch.Tensor, step: int, device: torch.device) -> torch.Tensor:
-    """Chunks `[batch, seq + 1]`, alike on all ranks and in every run."""
+    """Chunks `[batch, seq + 1]`, the same on all ranks and in every run."""
     seq = CONFIG["max_position_embeddings"]
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(tokens) - seq, (BATCH,), generator=generator)
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace, parallel_context: ParallelContext) -> None:
     device = torch.device("cpu")
     if current_platform.is_cuda_alike():
         device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(0)  # alike on all ranks
+    torch.manual_seed(0)  # the same on all ranks
     with device:
         model = ParallelGPT(SimpleNamespace(**CONFIG), parallel_context)
     initialize_parameters(model, initialize)

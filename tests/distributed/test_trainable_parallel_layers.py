@@ -145,8 +145,8 @@ def check_gradients(context, tied: bool) -> None:
 
 
 def check_replicas_stay_equal(context, model: ParallelTransformer) -> None:
-    """After training: what ranks hold alike has the same bits on all of them."""
-    alike = {
+    """After training: what all ranks hold has the same bits on each of them."""
+    replicated = {
         name: parameter
         for name, parameter in model.named_parameters()
         if "norm" in name
@@ -155,8 +155,8 @@ def check_replicas_stay_equal(context, model: ParallelTransformer) -> None:
         # biases that only rank 0 adds
         or name.endswith(("out.bias", "narrow.bias"))
     }
-    assert len(alike) == 2 + 6 * 2
-    for name, parameter in alike.items():
+    assert len(replicated) == 2 + 6 * 2
+    for name, parameter in replicated.items():
         for other in gathered(parameter):
             assert torch.equal(parameter, other), name
     replicas = model.layers[0].qkv.num_kv_head_replicas
