@@ -36,14 +36,12 @@ from llama import LLAMA_8B, Llama, LlamaShape
 from torch import nn
 
 from vllm.model_executor.layers.trainable_attention import packed_sequences
-from vllm.model_executor.layers.vocab_parallel_loss import (
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training.groups import tensor_parallel_group
+from vllm.training.initial_values import initialize_parameters
+from vllm.training.loss import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
-)
-from vllm.model_executor.parallel_context import ParallelContext
-from vllm.model_executor.tensor_parallel_training import (
-    initialize_parameters,
-    tensor_parallel_group,
 )
 
 STEPS = 4  # of one model in one round

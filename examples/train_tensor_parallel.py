@@ -46,19 +46,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.layers.vocab_parallel_loss import (
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.platforms import current_platform
+from vllm.training.checkpoints import TrainingState
+from vllm.training.clipping import clip_grad_norm_
+from vllm.training.groups import tensor_parallel_group
+from vllm.training.initial_values import initialize_parameters
+from vllm.training.loss import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
 )
-from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
-from vllm.model_executor.parallel_context import ParallelContext
-from vllm.model_executor.tensor_parallel_training import (
-    TrainingState,
-    clip_grad_norm_,
-    initialize_parameters,
-    tensor_parallel_group,
-)
-from vllm.platforms import current_platform
 
 CONFIG = {
     "architectures": ["ParallelGPT"],

@@ -40,17 +40,15 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.layers.vocab_parallel_loss import (
+from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+from vllm.training.checkpoints import TrainingState
+from vllm.training.clipping import clip_grad_norm_
+from vllm.training.initial_values import initialize_parameters
+from vllm.training.loss import (
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
     vocab_parallel_token_log_probs,
-)
-from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
-from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
-from vllm.model_executor.tensor_parallel_training import (
-    TrainingState,
-    clip_grad_norm_,
-    initialize_parameters,
 )
 
 STEPS, STEPS_AFTER = 50, 3
@@ -147,8 +145,8 @@ def check_gradients(context, tied: bool) -> None:
 
 
 def check_replicas_stay_equal(context, model: ParallelTransformer) -> None:
-    """After training: what ranks hold alike has the same bits on all of them."""
-    alike = {
+    """After training: what all ranks hold has the same bits on each of them."""
+    replicated = {
         name: parameter
         for name, parameter in model.named_parameters()
         if "norm" in name
@@ -157,8 +155,8 @@ def check_replicas_stay_equal(context, model: ParallelTransformer) -> None:
         # biases that only rank 0 adds
         or name.endswith(("out.bias", "narrow.bias"))
     }
-    assert len(alike) == 2 + 6 * 2
-    for name, parameter in alike.items():
+    assert len(replicated) == 2 + 6 * 2
+    for name, parameter in replicated.items():
         for other in gathered(parameter):
             assert torch.equal(parameter, other), name
     replicas = model.layers[0].qkv.num_kv_head_replicas

@@ -4,31 +4,19 @@
 
 vLLM drops Dynamo's guards and finds compiled code again by its config and by the
 traced files. Neither shows which functions, closures and constants a registered
-callable has put into its module, so that these are digested here: by their contents,
-and never by an address or by the order of a set, which change from process to process.
-
-How far code is followed depends on whose it is:
-
-- of Python, NumPy, torch and vLLM: by name, because their versions are fixed;
-- of other installed packages: functions, and what these name; data by type only;
-- of anybody else: everything.
+callable has put into its module, so these are digested here, by their contents.
+`code_digest` says how far code is followed.
 
 Whatever cannot be determined raises `UndeterminedError`, and then no cache may be used.
 """
 
 from __future__ import annotations
 
-import builtins
 import enum
 import functools
-import hashlib
-import importlib.util
 import logging
-import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,15 +28,19 @@ from torch.library import CustomOpDef
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vllm.compilation.code_references import (
-    find_by_name,
-    is_fixed,
-    is_installed,
-    names_read,
+from vllm.compilation.code_digest import CodeWriter
+from vllm.compilation.code_references import is_installed
+from vllm.compilation.digest_writer import (
+    ATOMS,
+    CODE,
+    DESCRIPTORS,
+    UndeterminedError,
+    name_of,
 )
 
-ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), range)
-# What they are as text is all there is to them.
+__all__ = ["UndeterminedError", "module_digest"]
+
+# Types whose instances their text says completely.
 VALUES = (
     torch.dtype,
     torch.device,
@@ -59,41 +51,6 @@ VALUES = (
     OpOverload,
     OpOverloadPacket,
 )
-
-DESCRIPTORS = (
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-    types.MethodDescriptorType,
-    types.ClassMethodDescriptorType,
-    types.WrapperDescriptorType,
-)
-# What is followed also where data is taken by its type.
-CODE = (
-    type,
-    property,
-    staticmethod,
-    classmethod,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    functools._lru_cache_wrapper,
-    *DESCRIPTORS,
-)
-# What a class has for introspection only.
-INTROSPECTION = {
-    "__annotations__",
-    "__dict__",
-    "__doc__",
-    "__firstlineno__",
-    "__module__",
-    "__orig_bases__",
-    "__parameters__",
-    "__qualname__",
-    "__static_attributes__",
-    "__weakref__",
-    "_abc_impl",
-}
-# Code that names one of these may read any variable.
-REFLECTION = {"__import__", "eval", "exec", "globals"}
 # Tables of `nn.Module` that forward does not read, and those that it does.
 STATE_DICT_HOOKS = ("_state_dict_", "_load_state_dict_")
 HOOKS = {
@@ -106,19 +63,16 @@ HOOKS = {
     "_forward_pre_hooks_with_kwargs",
 }
 GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
-# Bytes of an instance: without anything, and more with `__dict__`, with `__weakref__`.
+# The bytes of an instance without attributes, and how many more it has for `__dict__`,
+# for `__weakref__` and for each slot.
 _BARE = type("_", (), {"__slots__": ()}).__basicsize__
 _DICT = type("_", (), {"__slots__": ("__dict__",)}).__basicsize__ - _BARE
 _WEAKREF = type("_", (), {"__slots__": ("__weakref__",)}).__basicsize__ - _BARE
 _POINTER = type("_", (), {"__slots__": ("a",)}).__basicsize__ - _BARE
 
 
-class UndeterminedError(Exception):
-    """What a module computes cannot be read from it with certainty."""
-
-
 def module_digest(module: nn.Module) -> str:
-    """A SHA-256 of `module`, equal in every process for modules that trace alike.
+    """A SHA-256 of `module`, equal in every process for modules with equal graphs.
 
     The values of parameters and buffers are left out, because they are inputs of the
     graph; those of other tensors are read.
@@ -128,67 +82,31 @@ def module_digest(module: nn.Module) -> str:
             message names where that object is.
 
     """
-    writer = _Writer()
+    writer = _ModuleWriter()
     try:
         writer.write(module)
         for hooks in GLOBAL_HOOKS:
             writer.write_at(hooks, list(getattr(nn_module, hooks).values()))
     except UndeterminedError:
         raise
-    except Exception as error:  # of an object that does not let itself be read
+    except Exception as error:  # raised by an object that is being read
         raise UndeterminedError(f"{writer.place}: {error!r}") from error
     return writer.hexdigest()
 
 
-class _Writer:
-    """Writes objects into a hash. One that comes again is written as its number.
-
-    So cycles end, two cyclic structures are equal only if they have the same shape, and
-    a class or function of thousands of submodules is read once.
-    """
+class _ModuleWriter(CodeWriter):
+    """Writes modules, their tensors, and any other object that a module may hold."""
 
     def __init__(self, open_sets: frozenset[int] = frozenset()) -> None:
-        self._hash = hashlib.sha256()
-        self._numbers: dict[tuple[int, bool], int] = {}
-        self._kept: list[Any] = []  # whose ids would be reused if they were freed
-        self._path: list[str] = []
+        super().__init__(open_sets)
         self._slots: dict[type, list[str]] = {}
-        self._open_sets = open_sets
-        self._lenient = False  # inside an installed package
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-    @property
-    def place(self) -> str:
-        return ".".join(self._path) or "the module"
-
-    @contextmanager
-    def leniently(self, lenient: bool) -> Iterator[None]:
-        """What is data, of a package that always makes it in the same way, by type."""
-        before, self._lenient = self._lenient, lenient
-        yield
-        self._lenient = before
-
-    def tag(self, *words: object) -> None:
-        """Write words that no other sequence of words is written as."""
-        self._hash.update(repr(words).encode(errors="surrogatepass"))
-
-    def unknown(self, value: Any, why: str) -> None:
-        raise UndeterminedError(f"{self.place}: a {_name(type(value))} {why}")
-
-    def write_at(self, place: str, value: Any) -> None:
-        """Write `value`, which an error finds at `place`."""
-        self._path.append(place)
-        self.write(value)
-        self._path.pop()
 
     def write(self, value: Any) -> None:
         kind = type(value)
         if kind in ATOMS:
             self.tag(kind.__name__, repr(value))
         elif isinstance(value, VALUES):
-            self.tag(_name(kind), value)
+            self.tag(name_of(kind), value)
         elif isinstance(value, types.ModuleType):
             self.tag("module", value.__name__)
             if not self._lenient and not is_installed(value.__name__):
@@ -202,7 +120,7 @@ class _Writer:
         elif isinstance(value, types.CellType):
             self._cell(value)
         elif self._lenient and kind not in (dict, list) and not isinstance(value, CODE):
-            self.tag("of type", _name(kind))
+            self.tag("of type", name_of(kind))
         else:
             lenient, self._lenient = (
                 self._lenient,
@@ -211,16 +129,6 @@ class _Writer:
             if self._is_new(value):
                 self._first_time(value)
             self._lenient = lenient
-
-    def _is_new(self, value: Any) -> bool:
-        """Number an object, or write the number that it has."""
-        key = id(value), self._lenient
-        number = self._numbers.setdefault(key, len(self._kept))
-        if number < len(self._kept):
-            self.tag("again", number)
-            return False
-        self._kept.append(value)
-        return True
 
     def _first_time(self, value: Any) -> None:
         kind = type(value)
@@ -242,7 +150,7 @@ class _Writer:
             if owner is not None and not isinstance(owner, types.ModuleType):
                 self.write(owner)
         elif isinstance(value, DESCRIPTORS):
-            self.tag(kind.__name__, _name(value.__objclass__), value.__name__)
+            self.tag(kind.__name__, name_of(value.__objclass__), value.__name__)
         elif isinstance(value, types.MethodWrapperType):
             self._parts("method-wrapper", value.__name__, value.__self__)
         elif isinstance(value, property):
@@ -268,145 +176,21 @@ class _Writer:
         elif isinstance(value, dist.ProcessGroup):
             self._parts("group", value.size(), value.rank(), value.group_name)
         elif isinstance(value, CustomOpDef):
-            # The graph has its name, the shapes that its fake kernel gives, and what
-            # Inductor sees of it, if it is a `triton_op`.
+            # The graph contains its name, the shapes that its fake kernel computes,
+            # and, of a `triton_op`, what Inductor traces.
             op = vars(value)
             self._parts("operator", str(value), op["_abstract_fn"])
             self._sequence(op["_torch_dispatch_fns"].values())
         elif kind.__module__.startswith("triton.") and hasattr(value, "cache_key"):
             self._parts("triton", value.cache_key)  # of its source and what that calls
         elif kind.__module__.startswith("vllm.config"):
-            self.tag(_name(kind))  # vLLM's key has it
+            self.tag(name_of(kind))  # vLLM's key has it
         else:
             self._object(value)
 
-    def _parts(self, tag: str, *values: Any) -> None:
-        self.tag(tag, len(values))
-        for value in values:
-            self.write(value)
-
-    def _sequence(self, values: Iterable[Any]) -> None:
-        values = list(values)
-        self.tag("sequence", len(values))
-        for index, value in enumerate(values):
-            self.write_at(str(index), value)
-
-    def _mapping(self, values: Mapping[Any, Any], keys: Iterable[Any]) -> None:
-        keys = list(keys)
-        self.tag("mapping", len(keys))
-        for key in keys:
-            self.write(key)
-            self.write_at(
-                str(key) if type(key) in ATOMS else type(key).__name__, values[key]
-            )
-
-    def _set(self, values: set[Any] | frozenset[Any]) -> None:
-        """By the digests of the members, each read on its own, in their order."""
-        if id(values) in self._open_sets:
-            return self.unknown(values, "that contains itself")
-        digests = []
-        for value in values:
-            if type(value).__hash__ is object.__hash__ and not isinstance(value, CODE):
-                return self.unknown(
-                    values, f"of a {_name(type(value))}, told by identity"
-                )
-            writer = _Writer(self._open_sets | {id(values)})
-            writer._path, writer._lenient = self._path, self._lenient
-            writer.write(value)
-            digests.append(writer.hexdigest())
-        self.tag("set", *sorted(digests), "end")
-
-    def _cell(self, cell: types.CellType) -> None:
-        try:
-            contents = cell.cell_contents
-        except ValueError:
-            return self.tag("empty cell")
-        self._parts("cell", contents)
-
-    def _code(self, code: types.CodeType) -> None:
-        self.tag("code", code.co_code.hex(), code.co_flags)
-        self.tag(code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
-        self.tag(code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-        self.tag(getattr(code, "co_exceptiontable", b"").hex())
-        self._sequence(code.co_consts)
-
-    def _function(self, function: types.FunctionType) -> None:
-        # By its variables, because a decorator takes over the name of what it wraps.
-        home = function.__globals__.get("__name__") or ""
-        code = function.__code__
-        names: tuple[tuple[str, ...], ...] = ()
-        # If not, it was made by a call, and differs from its like by its closure.
-        found = find_by_name(function.__module__, function.__qualname__) is function
-        if is_fixed(home):
-            if found and is_fixed(function.__module__ or ""):
-                return self.tag("function", function.__module__, function.__qualname__)
-        else:
-            names = names_read(code)
-        self.tag("function")
-        installed = is_installed(home) and is_installed(function.__module__ or "")
-        with self.leniently(found and installed):
-            self.write(code)
-            self._parts("defaults", function.__defaults__)
-            self._mapping_of_names(function.__kwdefaults__ or {})
-            cells = function.__closure__ or ()
-            for name, cell in zip(code.co_freevars, cells, strict=True):
-                self.write_at(f"{function.__name__}().{name}", cell)
-        with self.leniently(is_installed(home)):
-            self._mapping_of_names(vars(function))
-            for chain in names:
-                self._path.append(f"{function.__name__}().{'.'.join(chain)}")
-                self._named(function, chain)
-                self._path.pop()
-
-    def _named(self, function: types.FunctionType, chain: tuple[str, ...]) -> None:
-        """What a function reads by a global name and attributes of it."""
-        first, *attributes = chain
-        self.tag("named", first)
-        if first.startswith("import "):
-            value: Any = sys.modules.get(_absolute(function, first.split()[1]))
-            if value is None:
-                if not self._lenient and not is_fixed(first.split()[1]):
-                    self.unknown(function, f"with an {first} that was not run yet")
-                return
-        elif first in function.__globals__:
-            value = function.__globals__[first]
-        else:
-            if first in REFLECTION and not self._lenient:
-                self.unknown(function, f"that calls {first}() and may read anything")
-            return self.write(getattr(builtins, first, "undefined"))
-        for attribute in attributes:
-            if not isinstance(value, types.ModuleType) or value is torch.ops:
-                break
-            self.tag(attribute)
-            if attribute not in vars(value):  # made when it is first asked for
-                if not is_installed(value.__name__):
-                    self.unknown(value, f"({value.__name__}) without {attribute}")
-                return
-            value = vars(value)[attribute]
-        self.write(value)
-
-    def _class(self, cls: type) -> None:
-        self.tag("class", _name(cls), *map(_name, cls.__mro__), "end")
-        if type(cls) is not type:
-            self.write(type(cls))
-        for base in cls.__mro__:
-            if base is not cls:
-                self.write(base)
-        found = find_by_name(cls.__module__, cls.__qualname__) is cls
-        installed = found and is_installed(cls.__module__)
-        fixed = found and is_fixed(cls.__module__)
-        members = {k: v for k, v in vars(cls).items() if k not in INTROSPECTION}
-        if fixed or (installed and "forward" not in members):
-            members = {k: v for k, v in members.items() if _is_foreign(v, cls)}
-        with self.leniently(installed):
-            self._mapping_of_names(members)
-
-    def _mapping_of_names(self, values: Mapping[str, Any]) -> None:
-        self._mapping(values, sorted(values))
-
     def _module(self, module: nn.Module) -> None:
         self.write(type(module))
-        # Hooks are numbered through the process; only their order counts.
+        # Hooks are numbered throughout the process, so only their order is written.
         hook_ids = sorted({key for name in HOOKS for key in vars(module).get(name, ())})
         for name, value in sorted(vars(module).items()):
             if name.startswith(STATE_DICT_HOOKS):
@@ -431,7 +215,7 @@ class _Writer:
                 self.write_at(name, value)
 
     def _held(self, tensor: torch.Tensor | None) -> None:
-        """A parameter or buffer: an input of the graph, so not its values."""
+        """Write a parameter or buffer, but not its values, which are inputs."""
         if tensor is None:
             self.tag("none")
         elif self._is_new(tensor):
@@ -468,7 +252,7 @@ class _Writer:
             self._hash.update(np.ascontiguousarray(array).tobytes())
 
     def _object(self, value: Any) -> None:
-        """Any other object: its class, its attributes, and what it contains."""
+        """Write any other object: its class, its attributes, and what it contains."""
         kind = type(value)
         self.tag("object")
         self.write(kind)
@@ -494,7 +278,7 @@ class _Writer:
             self._pickled(value)
 
     def _pickled(self, value: Any) -> None:
-        """What a class written in C tells of its instances."""
+        """Write what an instance of a class written in C gives to `pickle`."""
         try:
             reduced = value.__reduce_ex__(2)
         except Exception as error:
@@ -505,23 +289,6 @@ class _Writer:
         self._parts("pickled", *reduced[:3])
         for items in reduced[3:5]:
             self._sequence(items or ())
-
-
-def _name(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _is_foreign(member: Any, cls: type) -> bool:
-    """Whether a member of an installed class was put there by somebody else."""
-    if isinstance(member, staticmethod | classmethod):
-        member = member.__func__
-    elif isinstance(member, property):
-        member = member.fget
-    if not isinstance(member, types.FunctionType):
-        return type(member) in ATOMS and not is_fixed(cls.__module__)
-    return not is_fixed(member.__globals__.get("__name__") or "") and (
-        member.__globals__.get("__name__") != cls.__module__
-    )
 
 
 def _slots(cls: type) -> set[str]:
@@ -539,8 +306,3 @@ def _has_hidden_state(cls: type, slots: int) -> bool:
     size = _BARE + slots * _POINTER
     size += _DICT * bool(cls.__dictoffset__) + _WEAKREF * bool(cls.__weakrefoffset__)
     return cls.__basicsize__ > size or bool(cls.__itemsize__)
-
-
-def _absolute(function: types.FunctionType, name: str) -> str:
-    package = function.__globals__.get("__package__") or ""
-    return importlib.util.resolve_name(name, package)

@@ -248,19 +248,3 @@ def _process_group(
     group: parallel_state.GroupCoordinator | None,
 ) -> ProcessGroup | None:
     return group.device_group if group is not None else None
-
-
-def all_gather_text(text: str, group: ProcessGroup) -> list[str]:
-    """Every rank's text, by rank, over a group of CPU tensors. Nothing is pickled."""
-    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
-    length = torch.tensor([len(encoded)], device="cpu")
-    lengths = [torch.empty_like(length) for _ in range(group.size())]
-    dist.all_gather(lengths, length, group=group)
-    padded = encoded.new_zeros(max(map(int, lengths)))
-    padded[: len(encoded)] = encoded
-    gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded, group=group)
-    return [
-        bytes(chunk[: int(size)].tolist()).decode()
-        for chunk, size in zip(gathered, lengths, strict=True)
-    ]

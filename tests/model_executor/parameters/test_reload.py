@@ -35,9 +35,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
-from vllm.model_executor.models.parallel_plan import MARK
 from vllm.model_executor.models.utils import AutoWeightsLoader
-from vllm.model_executor.parameters.layout import layout_of
+from vllm.model_executor.parameters.layout import MARK, layout_of
 from vllm.model_executor.parameters.load import weights_of
 
 HIDDEN = 32

@@ -5,15 +5,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import zmq
 
-import vllm.envs as envs
-from vllm.platforms import current_platform
 from vllm.v1.engine import startup_failure
 
 
@@ -155,46 +152,8 @@ def test_an_engine_core_that_died():
     )
 
 
-def test_a_task_is_stopped_where_it_hangs(monkeypatch):
-    monkeypatch.setenv("VLLM_MODEL_FACTORY_TIMEOUT_S", "0.1")
-    with (
-        pytest.raises(TimeoutError, match="the task took longer than 0.1 s") as error,
-        startup_failure.time_limit("the task"),
-    ):
-        time.sleep(60)
-    lines = str(error.value).splitlines()
-    assert __file__ in lines[1]
-    assert "time.sleep(60)" in lines[2]
-
-
-@pytest.mark.parametrize("limit", ["0", "60"])
-def test_a_task_within_its_limit(monkeypatch, limit):
-    monkeypatch.setenv("VLLM_MODEL_FACTORY_TIMEOUT_S", limit)
-    with startup_failure.time_limit("the task"):
-        pass
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
 def test_a_program_without_a_file_is_named(monkeypatch):
     main = SimpleNamespace(__file__="/somewhere/<stdin>")
     monkeypatch.setitem(sys.modules, "__main__", main)
     text = startup_failure.describe_exits({"EngineCore": 1})
     assert "was read from <stdin>, which is no file: save it in one" in text
-
-
-def test_vllm_knows_our_variables(monkeypatch):
-    for name in list(os.environ):  # those of other programs are not ours to know
-        if name.startswith("VLLM_") and name not in envs.environment_variables:
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("VLLM_MODEL_FACTORY_TIMEOUT_S", "7")
-    monkeypatch.setenv("VLLM_TRAINING_ATTENTION_BACKWARD", "aten")
-    current_platform.validate_environ(hard_fail=True)
-    assert envs.VLLM_MODEL_FACTORY_TIMEOUT_S == 7
-    hidden = {"VLLM_MODEL_FACTORY_TIMEOUT_S", "VLLM_TRAINING_ATTENTION_BACKWARD"}
-    assert not hidden & envs.compile_factors().keys()
-
-
-def test_a_factory_has_no_time_limit_by_default(monkeypatch):
-    monkeypatch.delenv("VLLM_MODEL_FACTORY_TIMEOUT_S", raising=False)
-    with startup_failure.time_limit("the factory"):
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -15,11 +15,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm.distributed import get_ep_group, get_pp_group
+from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
-from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
+from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.hooked import EXTRA_STATE, load_hooked
 from vllm.model_executor.parameters.layout import layout_of
 from vllm.model_executor.parameters.names import (

@@ -4,7 +4,7 @@
 
 A worker reports to its executor over its ready pipe: what it does, and what went wrong.
 An engine core reports to its front-end over the handshake socket, in the place of its
-READY message. A process that dies without a word is reported by whoever waits for it.
+READY message. A process that dies without a report is reported by the one that waits.
 """
 
 from __future__ import annotations
@@ -12,42 +12,40 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-import vllm.envs as envs
-
 if TYPE_CHECKING:
-    from types import FrameType
-
     import zmq
 
     from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle
 
 FAILED = "FAILED"
 STAGE = "STAGE"
-# A dying engine core sends its report before it exits; allow for its way here.
+# Wait this long for the report that an engine core sent before it exited.
 DRAIN_MS = 200
-# One rank's failure soon shows on the others; allow for the cause to be among what is
-# known, and longer for ranks that wait for each other to reach their time limits.
+# Wait briefly after a failure: another rank may still report the real cause. Wait for
+# longer after a time limit: ranks that wait for each other reach theirs one by one.
 GATHER_S = 1.0
 GATHER_TIMEOUTS_S = 5.0
-# How long an ended process may take to be reaped.
+# How long to wait for the exit code of a process that has closed its pipe.
 REAP_S = 5.0
-
-FACTORY_TIMEOUT = "VLLM_MODEL_FACTORY_TIMEOUT_S"
 
 
 class StartupError(RuntimeError):
-    """What another process reported: its root cause, then where its traceback is."""
+    """What another process reported: its root cause, then where its traceback is.
+
+    Args:
+        cause: The type, message and notes of the other process's exception.
+
+    """
 
     def __init__(self, cause: str) -> None:
         super().__init__(
@@ -84,10 +82,11 @@ def begin_worker(rank: int, ready_pipe: Connection) -> None:
 
 
 def enter_stage(stage: str) -> None:
-    """Report what a starting worker does from now on; nothing in other processes."""
+    """Report what this worker does from now on, if it is one that is starting."""
     if _worker is not None and not _worker.ready_pipe.closed:
         _worker.stage = stage
-        with suppress(BrokenPipeError):  # the executor is gone, and this worker soon
+        # Without its executor this worker is about to be ended.
+        with suppress(BrokenPipeError):
             _worker.ready_pipe.send({"status": STAGE, "stage": stage})
 
 
@@ -97,6 +96,21 @@ def worker_report(error: BaseException) -> dict[str, Any]:
     if _worker is not None:
         cause += f"\n(on worker rank {_worker.rank}, while {_worker.stage})"
     return {"status": FAILED, "error": cause}
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker."""
+    return _worker is not None
+
+
+def exit_timed_out(error: TimeoutError) -> None:
+    """Report that this worker reached a time limit, and exit.
+
+    Only `os._exit` ends it: its main thread is the one that does not return.
+    """
+    assert _worker is not None
+    _worker.ready_pipe.send(worker_report(error) | {"timed_out": True})
+    os._exit(1)
 
 
 def engine_report(error: BaseException, local: bool, headless: bool) -> bytes:
@@ -123,7 +137,12 @@ def raise_pending(events: list[tuple[Any, int]], handshake_socket: zmq.Socket) -
 
 
 def describe_exits(exit_codes: Mapping[str, int]) -> str:
-    """How processes, by name, ended that exited without a report."""
+    """Say how processes ended that exited without a report.
+
+    Args:
+        exit_codes: The exit code of each process, by its name.
+
+    """
     ends = [
         f"The process {name} {_how_it_ended(code, 'starting')} Its log is above."
         for name, code in exit_codes.items()
@@ -144,9 +163,10 @@ def receive(
     """The READY messages of starting workers, each with the pipe it came from.
 
     Raises:
-        StartupError: a worker failed or died. What others report within a second is
-            weighed: a death is the cause of errors elsewhere, unless it is an abort.
-        SystemExit: a worker was asked to stop, as by Ctrl-C.
+        StartupError: A worker failed or died. What other workers report within a
+            second is compared: a death causes errors on other ranks, while an abort is
+            often caused by one.
+        SystemExit: A worker was asked to stop, as by Ctrl-C.
 
     """
     waiting = dict(pipes)
@@ -181,7 +201,7 @@ def receive(
         _raise_first(failures, still)
 
 
-# What a worker may have failed of: first what causes others, last what others cause.
+# Why a worker failed, in the order in which one causes another.
 DIED, REPORTED, TIMED_OUT, ABORTED, STOPPED = range(5)
 
 
@@ -200,9 +220,9 @@ def _death(worker: UnreadyWorkerProcHandle, stage: str) -> _Failure:
 
 
 def _raise_first(failures: list[_Failure], still: list[str]) -> None:
-    """Raise the cause; of a time limit, with where all ranks are."""
+    """Raise the first cause; for a time limit, say also where each rank is."""
     first = min(failures, key=lambda failure: failure.order)
-    if first.order == STOPPED:  # all of us were told to stop, as by Ctrl-C
+    if first.order == STOPPED:  # all processes were asked to stop, as by Ctrl-C
         sys.exit(first.text)
     if first.order == TIMED_OUT:
         texts = [failure.text for failure in failures if failure.order == TIMED_OUT]
@@ -220,49 +240,3 @@ def _how_it_ended(exit_code: int | None, stage: str) -> str:
     if -exit_code == signal.SIGKILL:
         hint = " The kernel does so when memory runs out: see `dmesg`."
     return f"was killed by {name} while {stage}.{hint}"
-
-
-@contextmanager
-def time_limit(task: str) -> Iterator[None]:
-    """Fail if the block takes longer than `VLLM_MODEL_FACTORY_TIMEOUT_S`, if set.
-
-    A worker then reports where it hangs, and exits. Elsewhere `TimeoutError` is raised
-    at that place, which only the main thread can be made to do: others have no limit.
-    """
-    limit = envs.VLLM_MODEL_FACTORY_TIMEOUT_S
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    outside = len(traceback.extract_stack()) - 3  # this, contextlib, and the caller
-
-    def message(frame: FrameType | None) -> str:
-        inside = traceback.format_list(traceback.extract_stack(frame)[outside:])
-        return (
-            f"{task} took longer than {limit:g} s ({FACTORY_TIMEOUT}) and was stopped "
-            f"here:\n{''.join(inside).rstrip()}"
-        )
-
-    def stop_worker(worker: _Worker, thread: int) -> None:
-        report = worker_report(TimeoutError(message(sys._current_frames()[thread])))
-        worker.ready_pipe.send(report | {"timed_out": True})
-        os._exit(1)
-
-    def stop_task(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(message(frame))
-
-    if limit and _worker is not None:
-        timer = threading.Timer(limit, stop_worker, (_worker, threading.get_ident()))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-    elif limit and in_main_thread:
-        previous = signal.signal(signal.SIGALRM, stop_task)
-        signal.setitimer(signal.ITIMER_REAL, limit)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-    else:
-        yield

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
-from vllm.model_executor.models.parallel_plan import apply_plans
+from vllm.model_executor.models.plans.apply import apply_plans
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.placement import place, unwrap
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.engine.startup_failure import enter_stage, time_limit
+from vllm.v1.engine.startup_failure import enter_stage
 
 from .checks import check_same_on_all_ranks, check_signature
 from .messages import describe, name_of
 from .precision import Float32Constants
+from .time_limit import time_limit
 
 ModelFactory = Callable[..., nn.Module]
 

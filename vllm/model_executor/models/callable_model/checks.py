@@ -16,9 +16,10 @@ from torch import nn
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.distributed.text_collectives import all_gather_text
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.registry import _ModelInfo
-from vllm.model_executor.parallel_context import ParallelContext, all_gather_text
+from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
 

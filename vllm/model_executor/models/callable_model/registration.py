@@ -19,7 +19,7 @@ from torch import nn
 
 from vllm.compilation.registered_model import compile_if_possible
 from vllm.config import VllmConfig
-from vllm.model_executor.models.parallel_plan import HIDDEN_STATES
+from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.models.registry import (
     _BaseRegisteredModel,
     _LazyRegisteredModel,

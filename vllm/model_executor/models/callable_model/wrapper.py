@@ -24,7 +24,7 @@ from vllm.model_executor.layers.trainable_attention.kv_caches import (
     trainable_layers,
 )
 from vllm.model_executor.model_loader.full_checkpoint import readable
-from vllm.model_executor.models.parallel_plan import HIDDEN_STATES
+from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.load import weights_of
 from vllm.sequence import IntermediateTensors

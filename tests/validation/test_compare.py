@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""vllm.model_validation: a right model passes, and every check can fail."""
+"""A served model against its reference: an equal one passes, each check can fail."""
 
 import json
 import math
@@ -8,74 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from bigram_model import MAX_TOKENS, PROMPTS, VOCAB, BigramModel, failed, serve
 
-from vllm.logprobs import FlatLogprobs, Logprob
-from vllm.model_validation import (
-    Thresholds,
-    TokenComparison,
-    ValidationReport,
-    validate,
-    validate_outputs,
-)
-
-VOCAB = 32
-PROMPTS = [[3, 1, 4], [1, 5, 9, 2]]
-MAX_TOKENS = 6
-
-
-class BigramModel(nn.Module):
-    """Logits of the next token depend on the last one only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = nn.Embedding.from_pretrained(
-            3 * torch.randn(VOCAB, VOCAB, generator=generator)
-        )
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.table(token_ids)
-
-
-def serve(model: BigramModel, num_logprobs: int = VOCAB, flat: bool = True) -> list:
-    """What vLLM would return for greedy requests."""
-
-    def logprobs_at(token_ids: list[int], chosen: int) -> dict[int, Logprob]:
-        row = model(torch.tensor(token_ids))[-1].log_softmax(-1)
-        top = row.topk(num_logprobs).indices.tolist()
-        order = row.argsort(descending=True).tolist()
-        return {
-            token: Logprob(row[token].item(), order.index(token) + 1)
-            for token in [chosen, *top]
-        }
-
-    outputs = []
-    for prompt in PROMPTS:
-        of_prompt: list = [None]
-        for i in range(1, len(prompt)):
-            of_prompt.append(logprobs_at(prompt[:i], prompt[i]))
-        sequence = list(prompt)
-        generated: list = FlatLogprobs() if flat else []  # type: ignore[assignment]
-        for _ in range(MAX_TOKENS):
-            token = int(model(torch.tensor(sequence))[-1].argmax())
-            generated.append(logprobs_at(sequence, token))
-            sequence.append(token)
-        completion = SimpleNamespace(
-            token_ids=sequence[len(prompt) :], logprobs=generated
-        )
-        outputs.append(
-            SimpleNamespace(
-                prompt_token_ids=prompt,
-                prompt_logprobs=of_prompt,
-                outputs=[completion],
-            )
-        )
-    return outputs
-
-
-def failed(report) -> set[str]:
-    return {check.name for check in report.checks if not check.passed}
+from vllm.logprobs import Logprob
+from vllm.validation.compare import validate, validate_outputs
+from vllm.validation.report import Thresholds
 
 
 @pytest.fixture
@@ -147,23 +84,6 @@ def test_one_wrong_token_fails_and_is_named(model):
     assert (worst.prompt, worst.position) == (1, where)
     assert worst.rank == VOCAB and not worst.agrees
     assert worst.logprob_diff > 40
-
-
-@pytest.mark.parametrize("limit", ["max_logprob_diff", "mean_logprob_diff", "max_kl"])
-def test_thresholds_are_kept_each_alone(model, limit):
-    outputs = serve(model)
-    noise = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))
-    reference = lambda ids: model(ids) + 1e-3 * noise[ids]  # noqa: E731
-    loose = dict(max_logprob_diff=1.0, mean_logprob_diff=1.0, max_kl=1.0)
-    assert validate_outputs(outputs, reference, MAX_TOKENS, Thresholds(**loose)).passed
-    tight = Thresholds(**(loose | {limit: 1e-12}))
-    assert not validate_outputs(outputs, reference, MAX_TOKENS, tight).passed
-
-
-def test_lower_greedy_agreement_can_be_allowed(model):
-    outputs = serve(model)
-    limits = Thresholds(0.0, math.inf, math.inf, math.inf)
-    assert validate_outputs(outputs, lambda x: -model(x), MAX_TOKENS, limits).passed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -266,38 +186,6 @@ def test_wrong_reference_shape_is_an_error(model, wrong):
         validate_outputs(serve(model), lambda ids: wrong(model(ids)), MAX_TOKENS)
 
 
-def test_json_and_table(model, tmp_path, capsys):
-    report = validate_outputs(serve(model), lambda x: -model(x), MAX_TOKENS)
-    report.write_json(tmp_path / "report.json")
-    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert written["passed"] is False
-    assert written["num_generated_tokens"] == len(PROMPTS) * MAX_TOKENS
-    assert {check["name"] for check in written["checks"]} >= failed(report)
-    assert written["worst"][0]["rank"] == report.worst[0].rank
-
-    report.print_table()
-    table = capsys.readouterr().out
-    assert "FAILED" in table and "Worst tokens" in table
-    for check in report.checks:
-        assert check.name in table
-
-    validate_outputs(serve(model), model, MAX_TOKENS).print_table()
-    table = capsys.readouterr().out
-    assert "PASSED" in table and "Worst tokens" not in table
-
-
-def test_table_shows_text_as_it_is(model, capsys):
-    class Tokenizer:
-        def decode(self, token_ids: list[int]) -> str:
-            return f"[bold]{token_ids[0]}\n"
-
-    report = validate_outputs(
-        serve(model), lambda x: -model(x), MAX_TOKENS, tokenizer=Tokenizer()
-    )
-    report.print_table()
-    assert f"'[bold]{report.worst[0].token_id}\\n'" in capsys.readouterr().out
-
-
 @pytest.mark.engine
 def test_served_model(start, model_dir):
     """Against an engine: equal, then with one weight of the reference changed."""
@@ -360,16 +248,3 @@ def test_masked_ids_agree(masked_prompt):
         [output], lambda ids: logits.expand(len(ids), VOCAB), max_tokens=1
     )
     assert not report.passed
-
-
-@pytest.mark.parametrize("limit, passes", [(1e-4, True), (0.0, False)])
-def test_large_log_probs_have_the_resolution_of_float32(limit, passes):
-    token = TokenComparison(0, 1, 0, True, -2155.2419, -2155.2416, 1, None, True)
-    report = ValidationReport(
-        thresholds=Thresholds(max_logprob_diff=limit, mean_logprob_diff=limit),
-        num_prompts=1,
-        tokens=(token,),
-        missing_tokens=0,
-        kl_support="",
-    )
-    assert report.passed == passes
