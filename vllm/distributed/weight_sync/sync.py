@@ -131,9 +131,14 @@ class WeightSync:
         return update
 
     def close(self) -> None:
-        """Give back what was shared with the engines."""
-        if self._sender is not None:
-            self._sender.close()
+        """Give back what was shared with the engines; every rank calls it."""
+        if self._sender is None or self._rendezvous is None:
+            return
+        self._sender.close()
+        self._rendezvous.set(f"closed/{self._rank}", True)
+        # The store is the first rank's, and others may still read what it said last.
+        for rank in range(self._ranks) if self._rank == 0 else ():
+            self._rendezvous.get(f"closed/{rank}")
         self._sender = self._rendezvous = None
 
     # ---- All ranks
