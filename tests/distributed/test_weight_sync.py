@@ -33,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from vllm import LLM, ModelRegistry
 from vllm.distributed.weight_sync import WeightSync
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
-from vllm.model_executor.models.parallel_plan import apply_plans
+from vllm.model_executor.models.plans import apply_plans
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_validation import validate
 
@@ -118,6 +118,8 @@ def update_from_each(
         llm = LLM(
             str(folder),
             skip_tokenizer_init=True,
+            dtype="float32",
+            max_logprobs=-1,
             max_model_len=64,
             kv_cache_memory_bytes=32 << 20,
             enforce_eager=True,
