@@ -160,6 +160,24 @@ def test_deterministic_gradients_have_equal_bits(options) -> None:
         assert all(map(torch.equal, runs[0], run))
 
 
+@pytest.mark.parametrize(
+    "head_dim, kv_heads", [(64, 8), (80, 8), (96, 8), (128, 8), (128, 2), (256, 8)]
+)
+def test_tritons_gradient_has_no_race(head_dim, kv_heads, monkeypatch) -> None:
+    monkeypatch.setenv(BACKWARD_VARIABLE, "triton")
+    layer = TrainableAttention(8, head_dim, kv_heads, deterministic=True)
+    inputs = qkv(sum(LENGTHS), 8, kv_heads, head_dim)
+    grad = torch.randn_like(inputs[0])
+    runs = [
+        torch.autograd.grad(layer(*inputs, cu_seqlens=cu(LENGTHS)), inputs, grad)
+        for _ in range(8)
+    ]
+    for run in runs[1:]:
+        assert all(map(torch.equal, runs[0], run))
+    for ours, plain in errors(layer, torch.bfloat16):
+        assert ours <= FACTOR * plain
+
+
 def test_opcheck() -> None:
     q, k, v = qkv(300)
     sinks = torch.zeros(8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
