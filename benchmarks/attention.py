@@ -34,10 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm.model_executor.layers import TrainableAttention
 from vllm.model_executor.layers.trainable_attention import packed_sequences
-from vllm.v1.attention.ops.flash_attn_training import (
-    BACKWARD_ENGINES,
-    BACKWARD_VARIABLE,
-)
+from vllm.v1.attention.training.backward import BACKWARD_ENGINES, BACKWARD_VARIABLE
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")

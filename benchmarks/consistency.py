@@ -73,15 +73,13 @@ class OwnTrainer:
     """The served module itself, outside an engine step."""
 
     def __init__(self, model: Llama, invariant: bool) -> None:
-        from vllm.model_executor.layers import batch_invariant_training
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.training import batch_invariance
 
         self.model = model
-        self.log_probs = batch_invariant_training.token_log_probs
-        self.context = (
-            batch_invariant_training.batch_invariant if invariant else nullcontext
-        )
+        self.log_probs = batch_invariance.token_log_probs
+        self.context = batch_invariance.batch_invariant if invariant else nullcontext
         self.logits: Any = model.lm_head
         if isinstance(model.lm_head, ParallelLMHead):
             self.logits = partial(
@@ -118,13 +116,13 @@ def recompute_in_parallel(
 
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
-    from vllm.model_executor.layers import batch_invariant_training
     from vllm.model_executor.parallel_context import ParallelContext
+    from vllm.training import batch_invariance
 
     torch.cuda.set_device(rank)
     config = VllmConfig()
     with (
-        batch_invariant_training.batch_invariant(),
+        batch_invariance.batch_invariant(),
         set_current_vllm_config(config),
     ):
         parallel_state.set_custom_all_reduce(False)

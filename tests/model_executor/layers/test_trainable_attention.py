@@ -36,7 +36,7 @@ from vllm.model_executor.layers.trainable_attention.engine_step import (
 from vllm.model_executor.layers.trainable_attention.kv_caches import (
     a_kv_cache_for_each_call,
 )
-from vllm.v1.attention.ops import packed_attention
+from vllm.v1.attention.training import blockwise
 
 LENGTHS = (5, 0, 1, 70, 0, 33)
 NAMES_OF_RESULTS = ("out", "dq", "dk", "dv")
@@ -146,7 +146,7 @@ def test_options(options: dict[str, Any], causal: bool, dtype: torch.dtype) -> N
 def test_sequences_of_many_blocks(
     options: dict[str, Any], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_attention, "_BLOCK_ROWS", 48)
+    monkeypatch.setattr(blockwise, "_BLOCK_ROWS", 48)
     lengths = (300, 97)
     layer = TrainableAttention(4, 32, 2, causal=causal, **options)
     inputs = qkv(sum(lengths))
@@ -316,7 +316,7 @@ def test_keys_are_not_expanded_and_scores_not_kept() -> None:
     query_bytes = tokens * heads * head_dim * 4
     assert largest_allocation(layer, tokens) <= query_bytes
     # by blocks: as much as the block's bound, whatever the length
-    bound = 4 * packed_attention._MAX_BLOCK_SCORES
+    bound = 4 * blockwise._MAX_BLOCK_SCORES
     for tokens in (1024, 2048):
         capped = TrainableAttention(heads, head_dim, 1, logits_soft_cap=9.0)
         assert largest_allocation(capped, tokens) <= bound
@@ -536,23 +536,6 @@ def test_a_step_without_packs_may_be_checkpointed_beside_one_with(
     assert len(grads) == 3
     torch.testing.assert_close(grads[1], grads[0])
     torch.testing.assert_close(grads[2], grads[0])
-
-
-def test_a_thread_keeps_a_bounded_number_of_ranges() -> None:
-    class Node:
-        def __init__(self, number: int) -> None:
-            self._sequence_nr = lambda: number
-
-    nodes = packed_attention._PackedNodes()
-    for i in range(nodes.MOST_RANGES + 5):
-        nodes.add(10 * i, 10 * i + 5)
-    assert len(nodes._ranges) == nodes.MOST_RANGES
-    last = 10 * (nodes.MOST_RANGES + 4)
-    assert nodes.contain(Node(0)) and nodes.contain(Node(last + 4))
-    assert nodes.contain(Node(7))  # on the safe side, between the oldest
-    assert not nodes.contain(Node(last + 5)) and not nodes.contain(Node(last - 2))
-    nodes.add(last - 20, last + 9)  # an outer block ends after those in it
-    assert nodes.contain(Node(last - 18)) and nodes.contain(Node(last + 8))
 
 
 @pytest.mark.parametrize(

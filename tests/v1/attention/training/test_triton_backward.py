@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The Triton gradient against autograd in float64, in Triton's interpreter on a CPU.
 
-tests/v1/attention/ops/test_flash_attention_gpu.py runs the compiled kernels.
+test_flash_gpu.py runs the compiled kernels.
 """
 
 import json

@@ -12,6 +12,6 @@ from vllm.model_executor.layers.trainable_attention.attention import (
 from vllm.model_executor.layers.trainable_attention.self_attention import (
     TrainableFlashAttention,
 )
-from vllm.v1.attention.ops.packed_attention import packed_sequences
+from vllm.v1.attention.training.sequences import packed_sequences
 
 __all__ = ["TrainableAttention", "TrainableFlashAttention", "packed_sequences"]

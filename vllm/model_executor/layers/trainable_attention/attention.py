@@ -14,12 +14,12 @@ from vllm.model_executor.layers.trainable_attention.engine_step import (
 )
 from vllm.model_executor.layers.trainable_attention.paged import build_paged_attention
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.attention.ops.packed_attention import (
-    AttentionParams,
+from vllm.v1.attention.training.kernel import AttentionParams
+from vllm.v1.attention.training.select import select_kernel
+from vllm.v1.attention.training.sequences import (
     CuSeqlens,
     Sequences,
     graph_is_dense,
-    select_kernel,
     sequences_of,
 )
 

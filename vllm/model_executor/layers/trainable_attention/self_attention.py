@@ -12,7 +12,7 @@ from vllm.model_executor.layers.trainable_attention.attention import (
     TrainableAttention,
     check_mask,
 )
-from vllm.v1.attention.ops.packed_attention import (
+from vllm.v1.attention.training.sequences import (
     CuSeqlens,
     as_cu_seqlens,
     current_cu_seqlens,

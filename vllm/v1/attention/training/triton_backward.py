@@ -2,24 +2,32 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The gradient of packed flash attention in Triton, with the same bits on every run.
 
-It needs no library beside Triton, so a deterministic gradient and one of a soft cap
-are always there. One program writes each block of dK and dV, another each block of dQ,
-so nothing is added by atomics and the order of every sum is fixed. The probabilities
-are computed again from the log-sum-exp of the forward, as in FlashAttention-2
-(https://arxiv.org/abs/2307.08691).
+It needs no library but Triton, so a deterministic gradient and one of a soft cap are
+always there. One program writes each block of dK and dV, and another one each block of
+dQ. So nothing is added by atomics, and the order of every sum is fixed. The
+probabilities are computed again from the log-sum-exp of the forward, as in
+FlashAttention-2 (https://arxiv.org/abs/2307.08691).
 """
 
 import torch
 
 from vllm.triton_utils import tl, triton
+from vllm.v1.attention.training.kernel import Gradients, empty_gradients
 
-# From log-probabilities of base e to powers of 2, which the hardware has.
+# exp(x) is computed as exp2(x * LOG2_E), because the hardware has powers of 2.
 LOG2_E = 1.4426950408889634
-UNLIMITED = 1 << 30
+UNLIMITED = 1 << 30  # keys: more than any sequence has
 
 
 @triton.jit
-def _scores(  # type: ignore[no-untyped-def]
+def _load_block(tensor, tokens, stride, head, head_stride, dims, mask):
+    """One head of some tokens, `[tokens, BLOCK_D]`, with zeros outside `mask`."""
+    offsets = tokens[:, None] * stride + head * head_stride + dims[None, :]
+    return tl.load(tensor + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _probabilities(  # type: ignore[no-untyped-def]
     q, k, lse, scale, soft_cap, CAPPED: tl.constexpr, LOG2_E: tl.constexpr
 ):
     """Probabilities `[queries, keys]` before masking, and the soft cap's derivative."""
@@ -66,6 +74,7 @@ def _grad_key_value_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,  # query heads of a key-value head
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,  # of contiguous [tokens, heads, head_dim]
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,15 +92,11 @@ def _grad_key_value_kernel(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, BLOCK_D)
     col_mask = (cols < length)[:, None] & (dims < HEAD_DIM)[None, :]
     key_tokens = begin + cols
-    k_block = tl.load(
-        k + key_tokens[:, None] * k_stride + kv_head * k_head_stride + dims[None, :],
-        mask=col_mask,
-        other=0.0,
+    k_block = _load_block(
+        k, key_tokens, k_stride, kv_head, k_head_stride, dims, col_mask
     )
-    v_block = tl.load(
-        v + key_tokens[:, None] * v_stride + kv_head * v_head_stride + dims[None, :],
-        mask=col_mask,
-        other=0.0,
+    v_block = _load_block(
+        v, key_tokens, v_stride, kv_head, v_head_stride, dims, col_mask
     )
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
@@ -104,19 +109,15 @@ def _grad_key_value_kernel(  # type: ignore[no-untyped-def]
             rows = start + tl.arange(0, BLOCK_Q)
             row_tokens = begin + rows
             row_mask = (rows < length)[:, None] & (dims < HEAD_DIM)[None, :]
-            q_block = tl.load(
-                q + row_tokens[:, None] * q_stride + head * q_head_stride + dims,
-                mask=row_mask,
-                other=0.0,
+            q_block = _load_block(
+                q, row_tokens, q_stride, head, q_head_stride, dims, row_mask
             )
-            # [tokens, heads, head_dim], contiguous
-            out_offset = (row_tokens[:, None] * (KV_HEADS * GROUP) + head) * HEAD_DIM
-            do_block = tl.load(
-                grad_out + out_offset + dims[None, :], mask=row_mask, other=0.0
+            do_block = _load_block(
+                grad_out, row_tokens, OUT_STRIDE, head, HEAD_DIM, dims, row_mask
             )
             row_lse = tl.load(lse + head_offset + row_tokens, mask=rows < length)
             row_delta = tl.load(delta + head_offset + row_tokens, mask=rows < length)
-            probs, slope = _scores(
+            probs, slope = _probabilities(
                 q_block, k_block, row_lse, scale, soft_cap, CAPPED, LOG2_E
             )
             seen = _visible(rows, cols, length, left, right)
@@ -157,6 +158,7 @@ def _grad_query_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,  # of contiguous [tokens, heads, head_dim]
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,14 +177,10 @@ def _grad_query_kernel(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, BLOCK_D)
     row_tokens = begin + rows
     row_mask = (rows < length)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_block = tl.load(
-        q + row_tokens[:, None] * q_stride + head * q_head_stride + dims[None, :],
-        mask=row_mask,
-        other=0.0,
+    q_block = _load_block(q, row_tokens, q_stride, head, q_head_stride, dims, row_mask)
+    do_block = _load_block(
+        grad_out, row_tokens, OUT_STRIDE, head, HEAD_DIM, dims, row_mask
     )
-    out_offset = (row_tokens[:, None] * (KV_HEADS * GROUP) + head) * HEAD_DIM
-    out_offset += dims[None, :]
-    do_block = tl.load(grad_out + out_offset, mask=row_mask, other=0.0)
     head_offset = head.to(tl.int64) * tokens
     row_lse = tl.load(lse + head_offset + row_tokens, mask=rows < length)
     row_delta = tl.load(delta + head_offset + row_tokens, mask=rows < length)
@@ -193,17 +191,13 @@ def _grad_query_kernel(  # type: ignore[no-untyped-def]
         cols = start + tl.arange(0, BLOCK_K)
         key_tokens = begin + cols
         col_mask = (cols < length)[:, None] & (dims < HEAD_DIM)[None, :]
-        k_block = tl.load(
-            k + key_tokens[:, None] * k_stride + kv_head * k_head_stride + dims,
-            mask=col_mask,
-            other=0.0,
+        k_block = _load_block(
+            k, key_tokens, k_stride, kv_head, k_head_stride, dims, col_mask
         )
-        v_block = tl.load(
-            v + key_tokens[:, None] * v_stride + kv_head * v_head_stride + dims,
-            mask=col_mask,
-            other=0.0,
+        v_block = _load_block(
+            v, key_tokens, v_stride, kv_head, v_head_stride, dims, col_mask
         )
-        probs, slope = _scores(
+        probs, slope = _probabilities(
             q_block, k_block, row_lse, scale, soft_cap, CAPPED, LOG2_E
         )
         seen = _visible(rows, cols, length, left, right)
@@ -212,9 +206,8 @@ def _grad_query_kernel(  # type: ignore[no-untyped-def]
         if CAPPED:
             ds = tl.where(seen, ds * slope, 0.0)
         dq += tl.dot(ds.to(k_block.dtype), k_block)
-    tl.store(
-        grad_q + out_offset, (dq * scale).to(grad_q.dtype.element_ty), mask=row_mask
-    )
+    offset = row_tokens[:, None] * OUT_STRIDE + head * HEAD_DIM + dims[None, :]
+    tl.store(grad_q + offset, (dq * scale).to(grad_q.dtype.element_ty), mask=row_mask)
 
 
 def _blocks(head_dim: int) -> tuple[int, int, int]:
@@ -243,7 +236,7 @@ def attention_backward(
     causal: bool,
     window: tuple[int, int],
     soft_cap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Gradients:
     """Gradients of q, k and v, in their dtypes; equal inputs give equal bits.
 
     Args:
@@ -260,7 +253,6 @@ def attention_backward(
         causal: A query sees no later keys, whatever `window` says.
         window: Keys seen before and after a query, -1 for all.
         soft_cap: Scores became `soft_cap * tanh(score / soft_cap)`, 0 for none.
-
     """
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -268,10 +260,7 @@ def attention_backward(
     # [tokens, heads, head_dim] -> [heads, tokens]: the sum over keys of P * dP
     delta = (out.float() * grad_out.float()).sum(-1).T.contiguous()
     lse = lse.contiguous()
-    contiguous = torch.contiguous_format
-    grad_q, grad_k, grad_v = (
-        torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)
-    )
+    grad_q, grad_k, grad_v = empty_gradients(q, k, v)
     left, right = (UNLIMITED if side < 0 else side for side in window)
     right = 0 if causal else right
     num_seqs = len(cu_seqlens) - 1
@@ -283,6 +272,7 @@ def attention_backward(
         "GROUP": heads // kv_heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
+        "OUT_STRIDE": heads * head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "CAPPED": soft_cap != 0,
         "LOG2_E": LOG2_E,
@@ -298,6 +288,9 @@ def attention_backward(
         *strides,
         BLOCK_Q=walked,
         BLOCK_K=owned,
+        # No software pipelining. With it the compiled kernel has a race: Triton 3.6.0
+        # on an H100 gave another dK on each run, off by up to 5 % at head_dim 128.
+        num_stages=1,
         **constants,
     )
     _grad_query_kernel[(num_seqs * heads, programs)](

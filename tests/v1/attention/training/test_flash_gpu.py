@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vllm.model_executor.layers import TrainableAttention, TrainableFlashAttention
 from vllm.model_executor.layers.trainable_attention import packed_sequences
-from vllm.v1.attention.ops import flash_attn_training
-from vllm.v1.attention.ops.flash_attn_training import (
+from vllm.v1.attention.training import flash
+from vllm.v1.attention.training.backward import (
     BACKWARD_ENGINES,
     BACKWARD_VARIABLE,
     _available_engines,
@@ -82,7 +82,7 @@ def errors(layer: TrainableAttention, dtype: torch.dtype) -> list[tuple[float, f
 
 
 def assert_uses(kernel: Any, layer: TrainableAttention, x: torch.Tensor) -> None:
-    from vllm.v1.attention.ops.packed_attention import AttentionParams
+    from vllm.v1.attention.training.kernel import AttentionParams
 
     params = AttentionParams(
         layer.scale,
@@ -125,7 +125,7 @@ def test_every_backward_engine(engine, options, monkeypatch) -> None:
     layer = TrainableAttention(8, 64, 2, **options).cuda()
     if layer.sinks is not None:
         nn.init.normal_(layer.sinks)
-    assert_uses(flash_attn_training.unsupported, layer, qkv(1)[0])
+    assert_uses(flash.unsupported, layer, qkv(1)[0])
     for ours, plain in errors(layer, torch.bfloat16):
         assert ours <= FACTOR * plain
 
@@ -142,9 +142,7 @@ HEAD_SHAPES = [
 )
 def test_head_shapes(head_dim, kv_heads, dtype) -> None:
     layer = TrainableAttention(8, head_dim, kv_heads)
-    assert_uses(
-        flash_attn_training.unsupported, layer, qkv(1, 8, 1, head_dim, dtype)[0]
-    )
+    assert_uses(flash.unsupported, layer, qkv(1, 8, 1, head_dim, dtype)[0])
     for ours, plain in errors(layer, dtype):
         assert ours <= FACTOR * plain
 
@@ -160,6 +158,24 @@ def test_deterministic_gradients_have_equal_bits(options) -> None:
     ]
     for run in runs[1:]:
         assert all(map(torch.equal, runs[0], run))
+
+
+@pytest.mark.parametrize(
+    "head_dim, kv_heads", [(64, 8), (80, 8), (96, 8), (128, 8), (128, 2), (256, 8)]
+)
+def test_tritons_gradient_has_no_race(head_dim, kv_heads, monkeypatch) -> None:
+    monkeypatch.setenv(BACKWARD_VARIABLE, "triton")
+    layer = TrainableAttention(8, head_dim, kv_heads, deterministic=True)
+    inputs = qkv(sum(LENGTHS), 8, kv_heads, head_dim)
+    grad = torch.randn_like(inputs[0])
+    runs = [
+        torch.autograd.grad(layer(*inputs, cu_seqlens=cu(LENGTHS)), inputs, grad)
+        for _ in range(8)
+    ]
+    for run in runs[1:]:
+        assert all(map(torch.equal, runs[0], run))
+    for ours, plain in errors(layer, torch.bfloat16):
+        assert ours <= FACTOR * plain
 
 
 def test_opcheck() -> None:
@@ -308,7 +324,7 @@ def test_dropout_is_the_definition_with_its_own_mask() -> None:
     dropout, tokens, heads, head_dim = 0.25, 128, 4, 128
     layer = TrainableAttention(heads, head_dim, causal=False, dropout=dropout)
     q, k, v = qkv(tokens, heads, heads, head_dim)
-    assert_uses(flash_attn_training.dropout_unsupported, layer, q)
+    assert_uses(flash.dropout_unsupported, layer, q)
     torch.manual_seed(1)
     identity = torch.eye(tokens, device="cuda", dtype=q.dtype)
     # With the identity for values the output is what is left of the weights.

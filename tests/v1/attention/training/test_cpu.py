@@ -10,12 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm.v1.attention.ops import packed_attention_cpu
-from vllm.v1.attention.ops.packed_attention import (
-    AttentionParams,
-    Sequences,
-    select_kernel,
-)
+from vllm.v1.attention.training import cpu
+from vllm.v1.attention.training.kernel import AttentionParams
+from vllm.v1.attention.training.select import select_kernel
+from vllm.v1.attention.training.sequences import Sequences
 
 LENGTHS = (1, 0, 33, 130, 300, 0, 64)
 HEADS = [(8, 2, 64), (4, 4, 128), (6, 1, 32), (12, 4, 96), (8, 8, 256), (128, 1, 32)]
@@ -27,9 +25,9 @@ PARAMS = AttentionParams(
     dropout=0.0,
     deterministic=False,
 )
-COMPILED = bool(packed_attention_cpu._DTYPES)
+COMPILED = bool(cpu._DTYPES)
 compiled = pytest.mark.skipif(not COMPILED, reason="no compiled operators here")
-takes = pytest.mark.parametrize("dtype", packed_attention_cpu._DTYPES or [None])
+takes = pytest.mark.parametrize("dtype", cpu._DTYPES or [None])
 
 
 def test_it_is_compiled_where_it_can_be():
@@ -92,13 +90,11 @@ def test_no_less_exact_than_sdpa(heads, causal, window, dtype):
     params = PARAMS._replace(causal=causal, sliding_window=window)
     tensors = inputs(*heads, dtype, sum(LENGTHS))
     sequences = sequences_of(LENGTHS)
-    assert select_kernel(*tensors[:2], sequences, params) is (
-        packed_attention_cpu.packed_attention
-    )
+    assert select_kernel(*tensors[:2], sequences, params) is (cpu.cpu_attention)
     exact = results(sdpa(params, LENGTHS), [x.double() for x in tensors])
     peer = results(sdpa(params, LENGTHS), tensors)
     ours = results(
-        lambda *qkv: packed_attention_cpu.packed_attention(*qkv, sequences, params),
+        lambda *qkv: cpu.cpu_attention(*qkv, sequences, params),
         tensors,
     )
     # How SDPA adds depends on the processor. Wherever it adds better than one product
@@ -121,7 +117,7 @@ def test_strides_of_a_fused_projection(dtype):
     grad = torch.randn(8, 64, 75).to(dtype).permute(2, 0, 1)  # no stride of 1 last
 
     def attend(q, k, v):
-        return packed_attention_cpu.packed_attention(q, k, v, sequences, PARAMS)
+        return cpu.cpu_attention(q, k, v, sequences, PARAMS)
 
     strided = results(attend, [q, k, v, grad])
     dense = results(attend, [x.contiguous() for x in (q, k, v, grad)])
@@ -138,9 +134,7 @@ def test_bits_do_not_depend_on_threads_or_neighbours(dtype, causal, window):
 
     def attend(*lengths):
         sequences = sequences_of(lengths)
-        return lambda *qkv: packed_attention_cpu.packed_attention(
-            *qkv, sequences, params
-        )
+        return lambda *qkv: cpu.cpu_attention(*qkv, sequences, params)
 
     before = torch.get_num_threads()
     try:
@@ -194,7 +188,7 @@ def test_nan_is_not_hidden(dtype):
     tensors[0][7] = torch.nan
     sequences = sequences_of((20,))
     out, dq, _, dv = results(
-        lambda *qkv: packed_attention_cpu.packed_attention(*qkv, sequences, PARAMS),
+        lambda *qkv: cpu.cpu_attention(*qkv, sequences, PARAMS),
         tensors,
     )
     for x in (out, dq):
@@ -231,7 +225,7 @@ def test_what_it_does_not_take_goes_to_another_kernel(change, dtype, head_dim):
     tensors = inputs(4, 2, head_dim, dtype, 12)
     sequences = sequences_of((5, 7))
     kernel = select_kernel(*tensors[:2], sequences, params)
-    assert kernel is not packed_attention_cpu.packed_attention
+    assert kernel is not cpu.cpu_attention
     assert all(
         x.isfinite().all()
         for x in results(lambda *qkv: kernel(*qkv, sequences, params), tensors)
@@ -242,13 +236,11 @@ def test_without_the_operator_there_is_one_notice(monkeypatch, tmp_path):
     notices = []
     handler = logging.Handler()
     handler.emit = lambda record: notices.append(record.getMessage())
-    logger = packed_attention_cpu.logger
-    monkeypatch.setattr(packed_attention_cpu, "_LIBRARY", tmp_path / "missing.so")
+    logger = cpu.logger
+    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "missing.so")
     logger.addHandler(handler)
     try:
-        monkeypatch.setattr(
-            packed_attention_cpu, "_DTYPES", packed_attention_cpu._load()
-        )
+        monkeypatch.setattr(cpu, "_DTYPES", cpu._load())
         tensors = inputs(4, 2, 64, torch.float32, sum(LENGTHS))
         sequences = sequences_of(LENGTHS)
 
@@ -268,8 +260,8 @@ def test_without_the_operator_there_is_one_notice(monkeypatch, tmp_path):
 def test_a_library_for_another_torch_is_left_out(monkeypatch, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(packed_attention_cpu, "_LIBRARY", broken)
-    assert packed_attention_cpu._load() == ()
+    monkeypatch.setattr(cpu, "_LIBRARY", broken)
+    assert cpu._load() == ()
 
 
 def test_the_build_goes_on_without_cmake(monkeypatch, tmp_path, capsys):

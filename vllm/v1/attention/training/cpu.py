@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Packed attention with a gradient on a CPU, by `csrc/cpu/packed_attention.cpp`.
 
-The operator is compiled where a compiler and cmake were found when this vLLM was
-built. Without it `select_kernel` takes PyTorch's kernels; that is said once.
+The operator is compiled where a compiler and cmake were found when this vLLM was built.
+Without it `select_kernel` takes PyTorch's kernels, and one warning says so.
 """
 
 from pathlib import Path
@@ -15,7 +15,12 @@ from torch.autograd.function import once_differentiable
 import vllm
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import vllm_lib
-from vllm.v1.attention.ops.packed_attention import AttentionParams, Sequences
+from vllm.v1.attention.training.kernel import (
+    AttentionParams,
+    Gradients,
+    empty_gradients,
+)
+from vllm.v1.attention.training.sequences import Sequences
 
 logger = init_logger(__name__)
 
@@ -31,8 +36,8 @@ def _fake(
 
 def _fake_backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+) -> Gradients:
+    return empty_gradients(q, k, v)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -102,7 +107,7 @@ _DTYPES = _load()
 def unsupported(
     q: torch.Tensor, k: torch.Tensor, params: AttentionParams
 ) -> str | None:
-    """What `packed_attention` cannot do of this, or None."""
+    """What `cpu_attention` cannot do of this, by name; None if it can do all."""
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}"
     if q.shape[-1] % 32 or q.shape[-1] == 0:
@@ -116,7 +121,7 @@ def unsupported(
     return None if params.sinks is None else "attention sinks"
 
 
-def packed_attention(
+def cpu_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -124,15 +129,11 @@ def packed_attention(
     params: AttentionParams,
 ) -> torch.Tensor:
     """An `AttentionKernel`; its gradient has the same bits on every run."""
-    cu_seqlens = sequences.cu_seqlens
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(sequences.num_seqs + 1, dtype=torch.int32)
-        cu_seqlens = cu_seqlens * sequences.max_seqlen
     return torch.ops.vllm.packed_attention_cpu(
         q,
         k,
         v,
-        cu_seqlens.to(q.device, torch.int32).contiguous(),
+        sequences.offsets(q.device),
         params.scale,
         params.causal,
         -1 if params.sliding_window is None else params.sliding_window,

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import vllm.envs as envs
-from vllm.model_executor.layers import batch_invariant_training
-from vllm.model_executor.layers.batch_invariant_training import batch_invariant
+from vllm.training import batch_invariance
+from vllm.training.batch_invariance import batch_invariant
 
 
 class Upstream(SimpleNamespace):
@@ -50,7 +50,7 @@ def state() -> tuple[object, ...]:
     matmul = torch.backends.cuda.matmul
     return (
         envs.VLLM_BATCH_INVARIANT,
-        *map(os.environ.get, batch_invariant_training.ENVIRONMENT),
+        *map(os.environ.get, batch_invariance.ENVIRONMENT),
         torch.bmm,
         matmul.allow_bf16_reduced_precision_reduction,
     )
@@ -59,8 +59,8 @@ def state() -> tuple[object, ...]:
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
     upstream = Upstream()
-    monkeypatch.setattr(batch_invariant_training, "_upstream", lambda: upstream)
-    for name in batch_invariant_training.ENVIRONMENT:
+    monkeypatch.setattr(batch_invariance, "_upstream", lambda: upstream)
+    for name in batch_invariance.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     envs.disable_envs_cache()
     bmm = torch.bmm
@@ -130,10 +130,18 @@ def test_an_engine_started_inside_keeps_it_on(upstream: Upstream) -> None:
     os.environ.pop("VLLM_BATCH_INVARIANT")
 
 
+def test_the_earlier_path_has_the_same_functions() -> None:
+    from vllm.model_executor.layers import batch_invariant_training as earlier
+
+    assert earlier.__all__ == batch_invariance.__all__
+    for name in earlier.__all__:
+        assert getattr(earlier, name) is getattr(batch_invariance, name)
+
+
 ROWS = """
 import torch
 import vllm.envs as envs
-from vllm.model_executor.layers.batch_invariant_training import (
+from vllm.training.batch_invariance import (
     batch_invariant,
     token_log_probs,
 )
