@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.parameters.load import ModuleWeights, find_weights
-from vllm.model_executor.parameters.update import LocalUpdate
+from vllm.model_executor.parameters.staged_update import LocalUpdate
 
 logger = init_logger(__name__)
 

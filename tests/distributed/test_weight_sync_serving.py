@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Updates while an engine serves: running requests, servers, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from tiny_model import TinyModel, greedy, trained_model
+
+from vllm import LLM, AsyncEngineArgs, ModelRegistry, SamplingParams
+from vllm.distributed.weight_sync import WeightSync
+from vllm.utils.network_utils import get_open_port
+from vllm.v1.engine.async_llm import AsyncLLM
+
+pytestmark = pytest.mark.engine
+
+PROMPT = [3, 1, 4, 1, 5]
+OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": 128,
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 24,
+}
+
+
+def change(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=1.0, generator=generator)
+
+
+def served(llm: LLM, count: int = 8) -> list[int]:
+    params = SamplingParams(temperature=0, max_tokens=count, detokenize=False)
+    outputs = llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
+    return list(outputs[0].outputs[0].token_ids)
+
+
+@pytest.fixture
+def llm(model_dir: Path) -> Iterator[LLM]:
+    ModelRegistry.register_model("TinyModel", lambda c, p: TinyModel())
+    engine = LLM(str(model_dir), **OPTIONS)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def test_updates_and_failures(llm: LLM) -> None:
+    """What fails is said, and the weights before it serve on."""
+    model = trained_model()
+    sync = WeightSync(model, llm, timeout=60)
+    for seed in (1, 2):
+        change(model, seed)
+        assert sync.update() == seed
+        assert served(llm) == greedy(model, PROMPT, 8)
+    before = served(llm)
+    change(model, 3)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(RuntimeError, match=r"not finite: lm_head\.weight"):
+        sync.update()
+    assert served(llm) == before
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = 0
+    assert sync.update() == 4
+    assert served(llm) == greedy(model, PROMPT, 8)
+    sync.close()
+
+    # Another trainer attaches, with a module that differs.
+    other = trained_model()
+    other.lm_head = torch.nn.Linear(other.lm_head.in_features, 7)
+    wrong = WeightSync(other, llm, timeout=60)
+    with pytest.raises(ValueError, match=r"lm_head\.weight \(\[\d+, \d+\] in the eng"):
+        wrong.update()
+    # And one that does not.
+    change(model, 5)
+    unstaged = WeightSync(model, llm, staging="none", bucket_bytes=1000, timeout=60)
+    unstaged.update()
+    assert served(llm) == greedy(model, PROMPT, 8)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("inf")
+    with pytest.raises(RuntimeError, match="not finite"):
+        unstaged.update()
+    with pytest.raises(Exception, match="mixture|update"):
+        served(llm)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = 0
+    unstaged.update()
+    assert served(llm) == greedy(model, PROMPT, 8)
+    unstaged.close()
+
+
+def test_a_running_request_goes_on_with_the_new_weights(model_dir: Path) -> None:
+    """Each token is of one version, and computed from all tokens before it by that."""
+    ModelRegistry.register_model("TinyModel", lambda c, p: TinyModel())
+    old, model = trained_model(), trained_model()
+
+    async def run() -> tuple[list[int], object]:
+        engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(model=str(model_dir), **OPTIONS)
+        )
+        sync = WeightSync(model, engine, mode="keep", timeout=60)
+        with pytest.raises(RuntimeError, match=r"asyncio\.to_thread\(sync\.update\)"):
+            sync.update()
+        sync = WeightSync(model, engine, mode="keep", timeout=60)
+        change(model, 1)
+        params = SamplingParams(temperature=0, max_tokens=100, detokenize=False)
+        update = None
+        async for output in engine.generate(
+            {"prompt_token_ids": PROMPT}, params, request_id="0"
+        ):
+            completion = output.outputs[0]
+            if update is None and len(completion.token_ids) >= 5:
+                update = asyncio.create_task(asyncio.to_thread(sync.update))
+        assert update is not None
+        await update
+        sync.close()
+        engine.shutdown()
+        return list(completion.token_ids), completion.weight_versions
+
+    tokens, versions = asyncio.run(run())
+    assert len(tokens) == 100
+    assert [span.version for span in versions] == ["default", "1"]
+    first = versions[0].end
+    assert 5 <= first < 100
+    assert tokens[:first] == greedy(old, PROMPT, first)
+    assert tokens[first:] == greedy(model, PROMPT + tokens[:first], 100 - first)
+
+
+@contextmanager
+def server(model_dir: Path, log: Path, **environment: str) -> Iterator[str]:
+    port = get_open_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command += [str(model_dir), "--served-model-name", "tiny"]
+    command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
+    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", "16777216"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=os.environ | environment
+        )
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()
+            try:
+                if requests.get(f"{url}/health", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_a_server(model_dir_with_tokenizer: Path, tmp_path_factory) -> None:
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    model = trained_model()
+    change(model, 1)
+    with server(model_dir_with_tokenizer, log, VLLM_SERVER_DEV_MODE="1") as url:
+        sync = WeightSync(model, [url], timeout=60)
+        assert sync.update() == 1
+        answer = requests.post(
+            f"{url}/v1/completions",
+            json={
+                "model": "tiny",
+                "prompt": PROMPT,
+                "max_tokens": 8,
+                "temperature": 0,
+                "return_token_ids": True,
+            },
+            timeout=60,
+        ).json()
+        assert answer["choices"][0]["token_ids"] == greedy(model, PROMPT, 8)
+        assert requests.get(f"{url}/weight_info", timeout=9).json() == {
+            "weight_version": "1"
+        }
+        sync.close()
+
+
+TRAINER = """
+import sys, torch
+from tiny_model import trained_model
+from vllm.distributed.weight_sync import WeightSync
+from vllm.distributed.weight_sync import sender
+model = trained_model()
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.normal_()
+sync = WeightSync(model, [sys.argv[1]], bucket_bytes=1000, timeout=60)
+sync.update()
+phase, count = sys.argv[2], 0
+def die(frame, event, argument):
+    if event == "call" and frame.f_code.co_name == phase:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.setprofile(die)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.normal_()
+sync.update()
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed(
+    model_dir_with_tokenizer: Path, tmp_path_factory
+) -> None:
+    """In each phase of an update; the next trainer attaches, and its update is whole."""
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+
+    def answer(url: str) -> list[int]:
+        found = requests.post(
+            f"{url}/v1/completions",
+            json={
+                "model": "tiny",
+                "prompt": PROMPT,
+                "max_tokens": 8,
+                "temperature": 0,
+                "return_token_ids": True,
+            },
+            timeout=60,
+        ).json()
+        return found["choices"][0]["token_ids"]
+
+    with server(model_dir_with_tokenizer, log, VLLM_SERVER_DEV_MODE="1") as url:
+        for phase in ("_begin", "send", "_note_checksums", "_collect", "pause"):
+            killed = subprocess.run(
+                [sys.executable, "-c", TRAINER, url, phase],
+                cwd=Path(__file__).parents[1],
+                stderr=subprocess.PIPE,
+                timeout=120,
+            )
+            assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+            if requests.get(f"{url}/is_paused", timeout=9).json()["is_paused"]:
+                requests.post(f"{url}/resume", timeout=9)
+            answer(url)  # whole weights of its first update
+            model = trained_model()
+            change(model, len(phase))
+            sync = WeightSync(model, [url], timeout=60)
+            sync.update()
+            assert answer(url) == greedy(model, PROMPT, 8), phase
+            sync.close()
+
+
+@pytest.mark.slow
+def test_many_updates_leak_nothing(llm: LLM) -> None:
+    """1,000 updates: no threads, no descriptors, no memory."""
+    model = trained_model()
+    sync = WeightSync(model, llm, timeout=60)
+    for _ in range(20):
+        sync.update()
+
+    def used() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    before = used()
+    for _ in range(1000):
+        sync.update()
+    assert used() == before
+    sync.close()
