@@ -25,6 +25,9 @@ export PIP_PROGRESS_BAR := off
 $(READY): export PIP_QUIET := 1
 endif
 
+# Else each of the hundreds of processes that tests start compiles vLLM's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # an advertisement for another program
 export NO_MKDOCS_2_WARNING := 1
 

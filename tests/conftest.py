@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,26 @@ def model_dir_with_tokenizer(model_dir: Path) -> Path:
 
 
 @pytest.fixture
-def start(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+def fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that this process starts are forked from a server, on a CPU."""
+    from fork_server import Context
+
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import coordinator, utils
+    from vllm.v1.executor import multiproc_executor
+
+    if current_platform.is_cpu():
+        forkserver.ensure_running()
+        for module in (coordinator, utils, multiproc_executor):
+            monkeypatch.setattr(module, "get_mp_context", Context)
+    # The variable would go before the option `kv_cache_memory_bytes`.
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+
+@pytest.fixture
+def start(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, fork_server: None
+) -> Iterator[Callable]:
     """Starts `LLM()` on `model_dir`, in this process unless `processes=True`.
 
     What it started is stopped after the test, and nothing may be left over.

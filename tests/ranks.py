@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server  # noqa: F401  # what ranks find imported
 import torch
 
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
@@ -30,7 +31,7 @@ def run_ranks(
     data_parallel_size: int = 1,
     enable_expert_parallel: bool = False,
 ) -> None:
-    """Call `function(parallel_context)` in one spawned process for every rank.
+    """Call `function(parallel_context)` in a process of its own for every rank.
 
     Each process sets vLLM up as a training script under torchrun does. Raises what
     the first rank to fail raised. `function` is at module level.
@@ -42,20 +43,24 @@ def run_ranks(
         "data_parallel_size": data_parallel_size,
         "enable_expert_parallel": enable_expert_parallel,
     }
-    torch.multiprocessing.spawn(
+    # A device is better set up in a process that has imported nothing yet.
+    method = "forkserver" if current_platform.is_cpu() else "spawn"
+    torch.multiprocessing.start_processes(
         _run_rank,
-        args=(function, f"file://{tmp_path}/store", options),
+        args=(dict(os.environ), function, f"file://{tmp_path}/store", options),
         nprocs=tensor_parallel_size * pipeline_parallel_size * data_parallel_size,
+        start_method=method,
     )
 
 
 def _run_rank(
     rank: int,
+    environment: dict[str, str],
     function: Callable[[ParallelContext], None],
     init_method: str,
     options: dict[str, Any],
 ) -> None:
-    os.environ["RANK"] = str(rank)
+    os.environ |= environment | {"RANK": str(rank)}
     parallel_config = ParallelConfig(
         distributed_executor_backend="external_launcher", **options
     )

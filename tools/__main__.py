@@ -175,8 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     command(
         "upstream-tests",
         _upstream_tests,
-        "run upstream's own tests before and after patching",
-        "Those that upstream.toml lists; any test whose outcome differs is an error.",
+        "run upstream's own tests on the patched vLLM",
+        "Those that upstream.toml lists; one that passes without the patches only is "
+        "an error.",
     )
     return parser
 

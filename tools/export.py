@@ -8,6 +8,7 @@
 Each folder is taken by `git am --signoff` on a plain tree.
 """
 
+import functools
 import os
 import subprocess
 import tempfile
@@ -104,9 +105,10 @@ def _commit(repository: Path, contents: dict[str, bytes], message: str) -> None:
     _git(repository, "commit", "--quiet", "--allow-empty", "-m", message)
 
 
-def _git(repository: Path, *command: str) -> None:
-    """Run git in the scratch repository as the author of this checkout."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+@functools.cache
+def _identity() -> dict[str, str]:
+    """Git's variables for the author of this checkout."""
+    variables = {}
     for key, fallback in (
         ("name", "Contributors to the vLLM project"),
         ("email", "vllm@localhost"),
@@ -115,7 +117,14 @@ def _git(repository: Path, *command: str) -> None:
             ["git", "config", f"user.{key}"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
         for role in ("AUTHOR", "COMMITTER"):
-            environment[f"GIT_{role}_{key.upper()}"] = configured or fallback
+            variables[f"GIT_{role}_{key.upper()}"] = configured or fallback
+    return variables
+
+
+def _git(repository: Path, *command: str) -> None:
+    """Run git in the scratch repository as the author of this checkout."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= _identity()
     environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     result = subprocess.run(
         ["git", *command],

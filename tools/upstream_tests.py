@@ -2,47 +2,61 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """`python -m tools upstream-tests`: a patched vLLM still passes vLLM's own tests.
 
-The tests that upstream.toml lists run on two composed trees, without and with the
-patch set. A test may fail in both, for want of an optional package or a GPU; no test
-may change its outcome. The run without does not depend on this repository, so its
-outcomes are kept in the user's cache folder.
+The tests that upstream.toml lists run on a tree with the patch set. Those that do not
+pass, for want of an optional package or a GPU, run on one without it as well, where
+their outcomes have to be the same.
 """
 
-import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools import ROOT, BuildError
 from tools.compose import compose
-from tools.upstream import cache_dir, release, upstream_tests
+from tools.upstream import release, upstream_tests
 
 FOLDER = ROOT / "build" / "upstream-tests"
-NOT_PASSED = ("error", "failure", "skipped")
 WORKERS = 2
 """Test processes at once; more would not find memory on a small machine."""
 SLOWEST = 5
 
 # Freeing a GPU's memory after each test takes a second and fails without one.
 PLUGIN = """
-import os
+import json, os
+from collections import defaultdict
+from pathlib import Path
+
+chosen = json.loads(os.environ["GENERIC_TESTS"])
+outcomes, seconds = defaultdict(set), defaultdict(float)
 
 def pytest_collection_modifyitems(items):
-    part, parts = map(int, os.environ["GENERIC_TESTS_PART"].split("/"))
     # sorted: some parameters are sets, whose order is another in each process
-    names = set(sorted({item.nodeid for item in items})[part::parts])
+    names = sorted({item.nodeid for item in items})
+    if chosen["only"] is not None:
+        names = [name for name in names if name in chosen["only"]]
+    names = set(names[chosen["part"] :: chosen["parts"]])
     items[:] = [item for item in items if item.nodeid in names]
     for item in items:
         item.add_marker("skip_global_cleanup")
+
+def pytest_runtest_logreport(report):
+    seconds[report.nodeid] += report.duration
+    found = outcomes[report.nodeid]
+    if report.failed:
+        found.add("failure" if report.when == "call" else "error")
+    elif report.skipped:
+        found.add("skipped")
+
+def pytest_sessionfinish():
+    named = {name: " and ".join(sorted(found)) for name, found in outcomes.items()}
+    named = {name: outcome or "passed" for name, outcome in named.items()}
+    Path(chosen["report"]).write_text(json.dumps([named, seconds]))
 """
 
 
@@ -60,32 +74,11 @@ class Results:
 
 
 def main() -> int:
-    """Print the outcomes before and after; 1 if a test's outcome differs."""
-    cache = _cache()
-    known = _kept(cache)
+    """Print the outcomes; 1 if one that is not "passed" is another without patches."""
     suite = _suite()
-    with ThreadPoolExecutor(WORKERS) as pool:  # of processes: each run is one
-        if known:
-            print(f"before: as in {cache}", flush=True)
-        else:
-            before_run = pool.submit(_run, suite, _tree("before"), upstream_tests())
-        after_tree = _tree("after")
-        parts = WORKERS if known else 1  # the other worker runs the tests before
-        after_runs = [
-            pool.submit(_run, suite, after_tree, upstream_tests(), part, parts)
-            for part in range(parts)
-        ]
-        before = known or before_run.result()
-        after = Results({}, {})
-        for run in after_runs:
-            after |= run.result()
-    if known and (differing := _differing(before, after)):
-        # what was kept may have been a failure by chance
-        again = [n for n in upstream_tests() if any(_is_in(t, n) for t in differing)]
-        if again:
-            before |= _run(suite, _tree("before"), again)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps(asdict(before)))
+    after = _run(suite, _tree("after"))
+    others = sorted(t for t, outcome in after.outcomes.items() if outcome != "passed")
+    before = _run(suite, _tree("before"), others) if others else Results({}, {})
     return _report(before, after)
 
 
@@ -93,59 +86,25 @@ def _tree(name: str) -> Path:
     return compose(FOLDER / name, release(), "cpu", patched=name == "after")
 
 
-def _differing(before: Results, after: Results) -> list[str]:
-    old, new = before.outcomes, after.outcomes
-    return sorted(test for test in old | new if old.get(test) != new.get(test))
-
-
-def _is_in(test: str, file: str) -> bool:
-    """Whether a test, as the report names it, is one of a test file."""
-    name = test.partition("::")[0]
-    module = file.removesuffix(".py").replace("/", ".")
-    return name == module or name.startswith(f"{module}.")
-
-
 def _report(before: Results, after: Results) -> int:
-    for name, results in (("before", before), ("after", after)):
-        counts = sorted(Counter(results.outcomes.values()).items())
-        summary = ", ".join(f"{count} {outcome}" for outcome, count in counts)
-        print(f"{name:6} {summary}, in {sum(results.seconds.values()):.0f} s of tests")
-    for test, seconds in Counter(after.seconds).most_common(SLOWEST):
-        print(f"{seconds:6.1f} s {test}")
-    differing = _differing(before, after)
-    for test in differing:
+    counts = sorted(Counter(after.outcomes.values()).items())
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts)
+    seconds = sum((before.seconds | after.seconds).values())
+    print(f"{summary}, in {seconds:.0f} s of tests")
+    for test, duration in Counter(after.seconds).most_common(SLOWEST):
+        print(f"{duration:6.1f} s {test}")
+    differing = 0
+    for test, outcome in sorted(after.outcomes.items()):
         old = before.outcomes.get(test, "absent")
-        print(f"FAIL   {test}: {old} -> {after.outcomes.get(test, 'absent')}")
+        if outcome not in ("passed", old):
+            print(f"FAIL   {test}: {old} -> {outcome}")
+            differing += 1
     if not differing:
         print(
-            f"ok     {len(before.outcomes)} of upstream's tests, all with the same "
-            "outcome"
+            f"ok     {len(after.outcomes)} of upstream's tests: each passes, or has the"
         )
+        print("       same outcome without the patch set")
     return bool(differing)
-
-
-def _kept(cache: Path) -> Results | None:
-    try:
-        return Results(**json.loads(cache.read_text()))
-    except FileNotFoundError:
-        return None
-
-
-def _cache() -> Path:
-    """Where the outcomes without the patch set are kept.
-
-    They depend on the release, the tests, this Python and what is installed for it.
-    """
-    installed = sorted(
-        f"{found.name}=={found.version}"
-        for found in metadata.distributions()
-        if found.name and found.name.lower() != "vllm"
-    )
-    wheel = release().wheel("cpu")
-    facts = [release().sdist.sha256, wheel.sha256, *upstream_tests(), *installed]
-    facts += [sys.version, platform.machine()]
-    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    return cache_dir() / "upstream-tests" / f"{digest[:16]}.json"
 
 
 def _suite() -> Path:
@@ -158,35 +117,38 @@ def _suite() -> Path:
     return suite
 
 
-def _run(
-    suite: Path, tree: Path, files: list[str], part: int = 0, parts: int = 1
-) -> Results:
-    """Run one of `parts` of the tests in `files` with the vLLM of `tree`."""
+def _run(suite: Path, tree: Path, only: list[str] | None = None) -> Results:
+    """Run the tests, or `only` some, with the vLLM of `tree`, in several processes."""
+    results = Results({}, {})
+    with ThreadPoolExecutor(WORKERS) as pool:  # of processes: each part is one
+        parts = [pool.submit(_run_part, suite, tree, only, i) for i in range(WORKERS)]
+        for part in parts:
+            results |= part.result()
+    return results
+
+
+def _run_part(suite: Path, tree: Path, only: list[str] | None, part: int) -> Results:
     name = f"{tree.name}-{part}"
-    report = FOLDER / f"{name}.xml"
+    report = FOLDER / f"{name}.json"
     report.unlink(missing_ok=True)
+    chosen = {"only": only, "part": part, "parts": WORKERS, "report": str(report)}
     # the tree's distribution counts, too: by its version vLLM finds the CPU
     paths = [tree, suite / "tests" / "vllm_test_utils"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "VLLM_CACHE_ROOT": str(FOLDER / f"{name}-cache"),
-        "GENERIC_TESTS_PART": f"{part}/{parts}",
+        "GENERIC_TESTS": json.dumps(chosen),
         "HF_HUB_OFFLINE": "1",  # a flaky network would look like a difference
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "generic_plugin", "--junitxml", str(report), *files]
+    command += ["-p", "generic_plugin", *upstream_tests()]
     run = subprocess.run(
         command, cwd=suite, env=environment, capture_output=True, text=True
     )
-    if run.returncode not in (0, 1) or not report.exists():
+    # 5: there was none in this part
+    if run.returncode not in (0, 1, 5) or not report.exists():
         raise BuildError(
             f"Upstream's tests did not run on the tree {tree.name}: "
             f"{run.stdout[-2000:]}{run.stderr[-2000:]}"
         )
-    results = Results({}, {})
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcomes = sorted(child.tag for child in case if child.tag in NOT_PASSED)
-        test = f"{case.get('classname')}::{case.get('name')}"
-        results.outcomes[test] = " and ".join(outcomes) or "passed"
-        results.seconds[test] = float(case.get("time") or 0)
-    return results
+    return Results(*json.loads(report.read_text()))

@@ -31,7 +31,7 @@ def words(token_ids: list[int]) -> str:
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry(monkeypatch, fork_server):
     """The global registry, restored after the test."""
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     return ModelRegistry
@@ -116,7 +116,9 @@ def test_data_parallel_engines(
     assert sorted(contexts) == sizes_and_ranks
 
 
-@pytest.mark.parametrize("data_parallel_size", [1, 2])
+@pytest.mark.parametrize(
+    "data_parallel_size", [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_vllm_serve(model_dir_with_tokenizer, tmp_path_factory, data_parallel_size):
     """By `--model-class-overrides`, and an architecture that vLLM does not know."""
     port = get_open_port()

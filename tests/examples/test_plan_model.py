@@ -57,7 +57,7 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
 @torch.no_grad()
 def test_trained_linked_and_served(tmp_path):
     directory = tmp_path / "model"
-    train = [sys.executable, EXAMPLE / "train.py", "--train-seconds", "15"]
+    train = [sys.executable, EXAMPLE / "train.py", "--train-seconds", "5"]
     run(*train, "--output-dir", directory, "--save-steps", "1")
     steps = [p.name for p in (directory / "checkpoints").iterdir()]
     last = max(steps, key=lambda name: int(name.removeprefix("checkpoint-")))
@@ -72,8 +72,12 @@ def test_trained_linked_and_served(tmp_path):
     command += ["--kv-cache-memory-bytes", "16777216"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path / "log.txt"
+    # Six processes, which then import vLLM twice.
+    environment = os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "forkserver"}
     with open(log, "w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment
+        )
     try:
         wait_for(url, server, log)
         models = requests.get(f"{url}/v1/models", timeout=60).json()["data"]

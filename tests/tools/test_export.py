@@ -9,7 +9,7 @@ import pytest
 
 import tools
 from tools import BuildError, export, imports, patches, series, upstream
-from tools.compose import compose
+from tools.compose import read_sdist
 
 from .conftest import VERSION
 
@@ -85,20 +85,29 @@ def test_a_patched_tree_is_refused(repository, tmp_path):
 
 
 @pytest.mark.build
-def test_git_am_takes_the_real_series(tmp_path):
-    release = upstream.release()
-    tree = compose(tmp_path / "tree", release, "cpu", source=True, patched=False)
-    branches = export.export(tmp_path / "out")
+@pytest.mark.parametrize("version", upstream.supported())
+def test_git_am_takes_the_real_series(tmp_path, version):
+    tree = tmp_path / "tree"
+    every = series.series(version)
+    touched = {name for patch in every for name in patch.files}
+    # the rest of vLLM would only cost time
+    for name, content in read_sdist(upstream.release(version)):
+        if name in touched:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(content)
+    (tree / "PKG-INFO").write_text(f"Version: {version}\n")
+    originals = patches.read_originals(tree, every)
+    assert originals
+    is_default = version == upstream.release().upstream
+    branches = export.export(tmp_path / "out", None if is_default else tree)
     git(tree, "init", "--quiet")
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--quiet", "-m", "upstream")
     git(tree, "tag", "plain")
-    every = series.series(release.upstream)
-    originals = patches.read_originals(tree, every)
     for branch, commits in export.branches().items():
         git(tree, "reset", "--quiet", "--hard", "plain")
         git(tree, "am", "--quiet", *map(str, branches[branch]))
-        own = [commit.read(release.upstream) for commit in commits if commit.patch]
+        own = [commit.read(version) for commit in commits if commit.patch]
         for name, content in patches.run_series(own, originals).items():
             assert (tree / name).read_bytes() == content, (branch, name)
         for name in {name for commit in commits for name in imports.files_of(commit)}:

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A killed program leaves no engine core and no worker."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from vllm.utils import process_lifetime
 
 # A program that starts one child and waits; the child says its number and hangs as a
 # starting engine core or worker may.
@@ -85,3 +89,18 @@ def test_a_child_ends_with_the_process_it_works_for(kind):
         program.stdout.close()
         if is_running(child):
             os.kill(child, signal.SIGKILL)
+
+
+def registers(path: Path) -> None:
+    process_lifetime.exit_with_parent()
+    atexit.register(path.touch)
+
+
+def test_a_spawned_child_runs_what_was_registered_for_its_end(tmp_path):
+    path = tmp_path / "ran"
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=registers, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert path.exists()

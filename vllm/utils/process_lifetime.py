@@ -11,7 +11,7 @@ processes block it. If the program ends, it ends them in order.
 
 from __future__ import annotations
 
-import logging
+import gc
 import multiprocessing
 import os
 import shutil
@@ -161,21 +161,8 @@ def exit_with_executor(death_pipe: Connection, ready_pipe: Connection) -> None:
 
 def _prepare_child() -> None:
     _block_interrupts()  # a fork server's child does not inherit it
-    Finalize(None, _exit_at_once, exitpriority=-1000)  # after all others
-
-
-def _exit_at_once() -> None:
-    """End a child that had no error without running the interpreter's shutdown.
-
-    A forked child ends like this. The shutdown would collect garbage for seconds.
-    """
-    error = sys.exc_info()[1]
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    # Else the interpreter collects its garbage when it ends, for seconds.
+    Finalize(None, gc.freeze, exitpriority=-1000)  # after all others
 
 
 def _in_background(target: Callable[[], None]) -> None:

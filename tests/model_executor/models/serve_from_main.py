@@ -53,7 +53,9 @@ def start_ray() -> None:
 
 
 def start_engine(model_dir: str, way: str) -> LLMEngine:
-    config = EngineArgs(
+    if way in ("fork", "spawn", "forkserver"):
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = way
+    arguments = EngineArgs(
         model=model_dir,
         dtype="float32",
         max_model_len=128,
@@ -64,11 +66,8 @@ def start_engine(model_dir: str, way: str) -> LLMEngine:
             way if way in ("ray", "external_launcher") else None
         ),
         kv_cache_memory_bytes=1 << 24,
-    ).create_engine_config()
-    if way in ("fork", "spawn", "forkserver"):
-        # vLLM's CPU platform asks for spawn while it makes the config.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = way
-    return LLMEngine.from_vllm_config(config)
+    )
+    return LLMEngine.from_engine_args(arguments)
 
 
 def main(model_dir: str, way: str) -> None:

@@ -80,6 +80,7 @@ CALLABLES = {
     "callable object": Builder(),
     "string": "tiny_model:build",
 }
+MORE_CALLABLES = ["function", "partial", "bound method", "callable object"]
 
 
 class TestRegistration:
@@ -321,9 +322,16 @@ class TestTransport:
         assert copy.deepcopy({"carried": model})["carried"] is model
 
 
+def slow(case: str):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 @pytest.mark.engine
 class TestServing:
-    @pytest.mark.parametrize("form", CALLABLES)
+    @pytest.mark.parametrize(
+        "form",
+        ["lambda", "string", *map(slow, MORE_CALLABLES)],
+    )
     def test_every_form_of_callable_serves(self, start, form):
         ModelRegistry.register_model("TinyModel", CALLABLES[form])
         assert generate(start()) == expected()

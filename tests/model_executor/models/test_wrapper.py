@@ -3,6 +3,7 @@
 """What the wrapper refuses or allows of a module, without an engine."""
 
 import contextlib
+import logging
 import math
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from vllm.config import CompilationMode, ParallelConfig
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.trainable_attention import kv_caches
 from vllm.model_executor.models.callable_model import (
+    CALLBACK_VERSION,
     _CallableRegisteredModel,
     logits,
     wrapper,
@@ -50,7 +52,13 @@ class TakesEmbeddings(Model):
 def wrap(monkeypatch):
     """Wrap what `factory` builds, on one rank."""
 
-    def wrapped(factory, quant_config=None, dtype=torch.float32, embeds=False):
+    def wrapped(
+        factory=None,
+        quant_config=None,
+        dtype=torch.float32,
+        embeds=False,
+        callback=None,
+    ):
         monkeypatch.setattr(parallel_state, "_PP", SimpleNamespace(rank_in_group=0))
         monkeypatch.setattr(
             wrapper, "set_current_vllm_config", lambda _: contextlib.nullcontext()
@@ -78,7 +86,8 @@ def wrap(monkeypatch):
             ),
         )
         monkeypatch.setattr(kv_caches, "get_current_vllm_config", lambda: config)
-        registered = _CallableRegisteredModel("M", lambda c, p: factory(), {})
+        callback = callback or (lambda c, p: factory())
+        registered = _CallableRegisteredModel("M", callback, {})
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # as vLLM does while it builds
         try:
@@ -154,6 +163,34 @@ def test_quantization_that_no_layer_does(wrap):
         return model
 
     wrap(quantized, quant_config=object())
+
+
+def test_an_optional_method_that_is_missing_is_a_warning(wrap, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    wrap(TakesEmbeddings)
+    assert "optional" not in caplog.text
+    wrap(Model)
+    assert "Model has no embed_input_ids(self, input_ids). It is optional" in (
+        caplog.text
+    )
+
+
+def test_the_callback_of_version_1(wrap):
+    """Two arguments by position, and by keyword only what a signature names."""
+    calls = []
+
+    def factory(*args, **kwargs):
+        calls.append((len(args), kwargs))
+        return Model()
+
+    def with_prefix(config, context, prefix=None):
+        calls.append(prefix)
+        return Model()
+
+    assert CALLBACK_VERSION == 1
+    wrap(callback=factory)
+    wrap(callback=with_prefix)
+    assert calls == [(2, {}), ""]
 
 
 def test_prompt_embeddings(wrap):

@@ -133,11 +133,7 @@ def main(model_dir: str, signs: str, fault: str, options: str) -> None:
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 24,
     }
-    start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    config = EngineArgs(**(settings | json.loads(options))).create_engine_config()
-    # vLLM's CPU platform asks for spawn while it makes the config.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
-    engine = LLMEngine.from_vllm_config(config)
+    engine = LLMEngine.from_engine_args(EngineArgs(**(settings | json.loads(options))))
     params = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
     engine.add_request("0", {"prompt_token_ids": list(range(40))}, params)
     outputs = []

@@ -10,10 +10,12 @@ by which they travel as that does: fork, spawn, Ray.
 """
 
 from .carry import registrations_for, registry_of
+from .checks import CALLBACK_VERSION
 from .registration import _CallableRegisteredModel, _NamedRegisteredModel
 from .wrapper import CallableModelWrapper
 
 __all__ = [
+    "CALLBACK_VERSION",
     "CallableModelWrapper",
     "_CallableRegisteredModel",
     "_NamedRegisteredModel",

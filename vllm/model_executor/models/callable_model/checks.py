@@ -17,11 +17,23 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.registry import _ModelInfo
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
+
+logger = init_logger(__name__)
+
+CALLBACK_VERSION = 1
+"""Of the way in which factories are called: `factory(vllm_config, parallel_context)`.
+
+What a later vLLM has to tell is passed by keyword, as `prefix` is, only to a factory
+whose signature names it, which needs no other version. A version is raised when a
+factory of the version before could not be called any more, and both are taken for one
+release.
+"""
 
 FORWARD = "forward(self, input_ids, positions) -> hidden states [tokens, hidden]"
 
@@ -237,6 +249,17 @@ def stage_input(
         "intermediate_tensors=None, which gets vLLM's IntermediateTensors; or give the "
         "module a pp_plan, which cuts it into stages."
     )
+
+
+def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
+    """Of the optional methods, only this one has no substitute in the wrapper."""
+    if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
+        logger.warning(
+            "%s: %s has no embed_input_ids(self, input_ids). It is optional; without "
+            "it vLLM cannot serve prompt embeddings.",
+            architecture,
+            type(module).__name__,
+        )
 
 
 def check_takes_embeddings(

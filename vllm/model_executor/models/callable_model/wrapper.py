@@ -38,6 +38,7 @@ from .checks import (
     check_takes_embeddings,
     forward_keywords,
     stage_input,
+    warn_without_embeddings,
 )
 from .logits import check_logits, logits_function
 from .messages import describe
@@ -105,6 +106,8 @@ class CallableModelWrapper(nn.Module):
         check_quantization(arch, module, vllm_config)
         if vllm_config.model_config.enable_prompt_embeds:
             check_takes_embeddings(arch, module, self._forward_keywords)
+        elif self._context.is_first_stage:
+            warn_without_embeddings(arch, module)
 
     def __getattr__(self, name: str) -> Any:
         try:
