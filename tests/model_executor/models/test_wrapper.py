@@ -16,6 +16,7 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers.trainable_attention import kv_caches
 from vllm.model_executor.models.callable_model import (
     _CallableRegisteredModel,
+    checks,
     logits,
     wrapper,
 )
@@ -24,6 +25,7 @@ from vllm.model_executor.models.callable_model.logits import (
     check_logits,
     logits_function,
 )
+from vllm.model_executor.parallel_context import ParallelContext
 
 VOCAB, HIDDEN, TOKENS = 8, 4, 3
 
@@ -154,6 +156,20 @@ def test_quantization_that_no_layer_does(wrap):
         return model
 
     wrap(quantized, quant_config=object())
+
+
+@pytest.mark.parametrize("other_stage", ["yes", "no"])
+def test_a_pipeline_stage_that_quantizes_nothing(monkeypatch, other_stage):
+    group = SimpleNamespace(cpu_group=None)
+    monkeypatch.setattr(checks, "get_pp_group", lambda: group)
+    monkeypatch.setattr(checks, "all_gather_text", lambda own, _: [own, other_stage])
+    config = SimpleNamespace(
+        quant_config=object(), model_config=SimpleNamespace(quantization="fp8")
+    )
+    context = ParallelContext(pipeline_parallel_size=2)
+    refused = pytest.raises(ValueError, match="no layer of Linear does it")
+    with contextlib.nullcontext() if other_stage == "yes" else refused:
+        checks.check_quantization("M", nn.Linear(2, 2), config, context)
 
 
 def test_prompt_embeddings(wrap):
