@@ -30,6 +30,10 @@ from vllm.config import WeightTransferConfig
 pytestmark = pytest.mark.engine
 
 
+# What TP=2, or another kind, covers as well.
+MORE_ALONE = ["tied", "vllm"]
+
+
 def check_updates(served):
     old, new = served.old, served.new
     served.assert_serves(old)
@@ -122,7 +126,13 @@ def check_failure_of_one_rank(served):
     served.assert_serves(served.new)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(k for k in KINDS if k not in MORE_ALONE),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in MORE_ALONE),
+    ],
+)
 def test_alone(serve, kind):
     served = serve(kind)
     check_updates(served)
