@@ -211,9 +211,9 @@ class Online(LinearMethodBase):
 
     def create_weights(self, layer, *args, **kwargs):
         UnquantizedLinearMethod().create_weights(layer, *args, **kwargs)
-        attributes = dict(vars(layer.weight))
-        meta = nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
-        meta.__dict__.update(attributes)
+        meta = layer.weight.data.to("meta")
+        meta.__class__ = type(layer.weight)
+        meta.__dict__.update(vars(layer.weight))
         layer.weight = meta
         initialize_online_processing(layer)
 
