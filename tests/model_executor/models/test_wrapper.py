@@ -18,6 +18,7 @@ from vllm.model_executor.layers.trainable_attention import kv_caches
 from vllm.model_executor.models.callable_model import (
     CALLBACK_VERSION,
     _CallableRegisteredModel,
+    checks,
     logits,
     wrapper,
 )
@@ -26,6 +27,7 @@ from vllm.model_executor.models.callable_model.logits import (
     check_logits,
     logits_function,
 )
+from vllm.model_executor.parallel_context import ParallelContext
 
 VOCAB, HIDDEN, TOKENS = 8, 4, 3
 
@@ -191,6 +193,20 @@ def test_the_callback_of_version_1(wrap):
     wrap(callback=factory)
     wrap(callback=with_prefix)
     assert calls == [(2, {}), ""]
+
+
+@pytest.mark.parametrize("other_stage", ["yes", "no"])
+def test_a_pipeline_stage_that_quantizes_nothing(monkeypatch, other_stage):
+    group = SimpleNamespace(cpu_group=None)
+    monkeypatch.setattr(checks, "get_pp_group", lambda: group)
+    monkeypatch.setattr(checks, "all_gather_text", lambda own, _: [own, other_stage])
+    config = SimpleNamespace(
+        quant_config=object(), model_config=SimpleNamespace(quantization="fp8")
+    )
+    context = ParallelContext(pipeline_parallel_size=2)
+    refused = pytest.raises(ValueError, match="no layer of Linear does it")
+    with contextlib.nullcontext() if other_stage == "yes" else refused:
+        checks.check_quantization("M", nn.Linear(2, 2), config, context)
 
 
 def test_prompt_embeddings(wrap):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm.model_executor.parameters.placement import place, unwrap
+from vllm.model_executor.parameters.placement import place, unregistered_tensors, unwrap
 
 CPU = torch.device("cpu")
 
@@ -43,3 +43,14 @@ def test_meta_tensors_that_no_checkpoint_has():
     module["a"].constants = torch.ones(2, device="meta")
     with pytest.raises(ValueError, match="in no checkpoint: a.constants, a.angles"):
         place(module, CPU)
+
+
+def test_unregistered_tensors_are_those_with_memory_of_their_own():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module.constant = torch.ones(2)
+    module[1].table = torch.ones(3)
+    module[1].alias = module[0].weight.data
+    module[0].lazily = torch.ones(1, device="meta")
+    found = dict(unregistered_tensors(module))
+    assert found.keys() == {"constant", "1.table"}
+    assert found["1.table"] is module[1].table

@@ -20,9 +20,11 @@ from torch.distributed.tensor.parallel import (
 
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearMethodBase,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -34,6 +36,9 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    initialize_online_processing,
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.model_executor.parameters.layout import MARK, layout_of
@@ -198,6 +203,91 @@ def own_load_weights(context):
     assert_same(model, after)
 
 
+class Online(LinearMethodBase):
+    """Quantizes what it loads, as vLLM's online methods: the weight waits on meta."""
+
+    uses_meta_device = True
+
+    def create_weights(self, layer, *args, **kwargs):
+        UnquantizedLinearMethod().create_weights(layer, *args, **kwargs)
+        meta = layer.weight.data.to("meta")
+        meta.__class__ = type(layer.weight)
+        meta.__dict__.update(vars(layer.weight))
+        layer.weight = meta
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer):
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        layer._already_called_process_weights_after_loading = True
+        scale = layer.weight.abs().amax() / 127
+        rounded = (layer.weight / scale).round().to(torch.int8)
+        layer.weight = nn.Parameter(rounded, requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def apply(self, layer, x, bias=None):
+        return nn.functional.linear(x, layer.weight * layer.weight_scale, bias)
+
+
+class OnlineConfig:
+    online_quantization_config = None
+
+    def get_quant_method(self, layer, prefix):
+        return Online()
+
+
+class Quantized(nn.Module):
+    """Linear layers that quantize, one without a bias, between plain ones."""
+
+    def __init__(self):
+        super().__init__()
+        options = {"quant_config": OnlineConfig(), "return_bias": False}
+        self.plain = nn.Linear(HIDDEN, HIDDEN)
+        self.up = ColumnParallelLinear(HIDDEN, 64, **options)
+        self.down = RowParallelLinear(64, HIDDEN, bias=False, **options)
+
+    @torch.no_grad()
+    def outputs(self):
+        return (self.down(self.up(self.plain(torch.eye(HIDDEN)))),)
+
+
+QUANTIZED_SHAPES = {
+    "plain.weight": (HIDDEN, HIDDEN),
+    "plain.bias": (HIDDEN,),
+    "up.weight": (64, HIDDEN),
+    "up.bias": (64,),
+    "down.weight": (HIDDEN, 64),
+}
+
+
+def online_quantization(context):
+    old, new = (random_weights(QUANTIZED_SHAPES, seed) for seed in (0, 1))
+    before = served(Quantized, old, context)
+    after = served(Quantized, new, context)
+    model = served(Quantized, old, context)
+    assert model.up.weight.dtype == model.down.weight.dtype == torch.int8
+    assert not torch.equal(before.outputs()[0], after.outputs()[0])
+    assert_same(model, before)
+    addresses = {name: t.data_ptr() for name, t in model.named_parameters()}
+
+    with reload(model):
+        update(model, iter(new.items()), context)
+    assert_same(model, after)
+    for layer in ("down", "up", "plain"):
+        part = [(n, old[n]) for n in reversed(old) if n.startswith(f"{layer}.")]
+        update(model, part, context)
+    assert_same(model, before)
+    with pytest.raises(ValueError, match="up.bias came without up.weight"):
+        update(model, [("up.bias", new["up.bias"])], context)
+    assert_same(model, before)
+    with reload(model):  # as vLLM's weight transfer does with its buffers
+        for layer in ("down", "up", "plain"):
+            part = [(n, t) for n, t in new.items() if n.startswith(f"{layer}.")]
+            update(model, part, context)
+    assert_same(model, after)
+    assert {n: t.data_ptr() for n, t in model.named_parameters()} == addresses
+
+
 class Kinds(nn.Module):
     """Plain, divided as a plan or Megatron divides, and DTensors."""
 
@@ -279,6 +369,7 @@ def all_kinds(context):
     kinds(context)
     vllm_layers(context)
     own_load_weights(context)
+    online_quantization(context)
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

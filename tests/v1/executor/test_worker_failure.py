@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+import threading
+
 import pytest
 
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
@@ -8,6 +10,7 @@ from vllm.v1.executor.multiproc_executor import WorkerProc
 
 SUCCESS = WorkerProc.ResponseStatus.SUCCESS
 FAILURE = WorkerProc.ResponseStatus.FAILURE
+A = (SUCCESS, "a")
 
 
 @pytest.fixture
@@ -27,8 +30,8 @@ def answers(executor):
 def test_answers_are_in_the_order_of_ranks(queues):
     ranks, executor = queues
     ranks[1].enqueue((SUCCESS, "b"))
-    ranks[0].enqueue((SUCCESS, "a"))
-    assert answers(executor) == [(SUCCESS, "a"), (SUCCESS, "b")]
+    ranks[0].enqueue(A)
+    assert answers(executor) == [A, (SUCCESS, "b")]
 
 
 def test_a_failure_behind_a_rank_that_says_nothing(queues):
@@ -42,7 +45,29 @@ def test_a_failure_behind_a_rank_that_says_nothing(queues):
 def test_an_answer_that_comes_early_is_kept(queues):
     ranks, executor = queues
     ranks[1].enqueue((SUCCESS, "b"))
+    late = threading.Timer(1.5 * worker_failure.PATIENCE_S, ranks[0].enqueue, [A])
+    late.start()
+    assert answers(executor) == [A, (SUCCESS, "b")]
+    late.join()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_answers_to_a_call_that_failed_are_not_those_of_the_next(queues, failing):
+    ranks, executor = queues
+    ranks[failing].enqueue((FAILURE, "no room"))
+    assert worker_failure.dequeue(executor[0], executor, 30) == (FAILURE, "no room")
+    ranks[1 - failing].enqueue((SUCCESS, "of the call that failed"))
+    for rank, answer in zip(ranks, [A, (SUCCESS, "b")], strict=True):
+        rank.enqueue(answer)
+    assert answers(executor) == [A, (SUCCESS, "b")]
+
+
+def test_answers_that_come_too_late(queues):
+    ranks, executor = queues
+    ranks[1].enqueue((SUCCESS, "of the call that ended"))
     with pytest.raises(TimeoutError):
-        worker_failure.dequeue(executor[0], executor, 1.5)
-    ranks[0].enqueue((SUCCESS, "a"))
-    assert answers(executor) == [(SUCCESS, "a"), (SUCCESS, "b")]
+        worker_failure.dequeue(executor[0], executor, 0.2)
+    ranks[0].enqueue((SUCCESS, "of the call that ended"))
+    for rank, answer in zip(ranks, [A, (SUCCESS, "b")], strict=True):
+        rank.enqueue(answer)
+    assert answers(executor) == [A, (SUCCESS, "b")]

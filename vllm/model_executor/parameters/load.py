@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import json
 import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -29,6 +30,7 @@ from vllm.model_executor.parameters.names import (
     without_wrappers,
 )
 from vllm.model_executor.parameters.reload import (
+    brings_all_weights,
     finish_repacking,
     is_loaded_in_place,
     is_packed,
@@ -37,10 +39,10 @@ from vllm.model_executor.parameters.reload import (
     repack,
     repack_tied,
 )
+from vllm.model_executor.parameters.update import UpdateState, listed
 
 logger = init_logger(__name__)
 
-LISTED = 8
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 _WEIGHTS: WeakKeyDictionary[nn.Module, ModuleWeights] = WeakKeyDictionary()
@@ -63,40 +65,42 @@ def find_weights(module: nn.Module) -> ModuleWeights | None:
 
 
 class ModuleWeights:
-    """What fills a module's tensors, and whether they are of one checkpoint.
+    """What fills a module's tensors; `update` says whether they are of one checkpoint.
 
     The first load is complete, or an error. Later ones take any part, in any order, in
-    place. What a later load refuses before it has written anything changes nothing;
-    after that, `require_whole` raises until every tensor was loaded anew.
+    place. What a later load refuses before anything was written changes nothing.
     """
 
     def __init__(self, module: nn.Module, context: ParallelContext) -> None:
         self._module = weakref.ref(module)
         self._context = context
         self.names = ModuleNames(module, context)
-        own = {
-            *self.names.entries,
-            *self.names.extra_states,
-            *(name for h in self.names.hooked for name in h.state_names()),
+        own = _shapes_by_name(self.names)
+        self._elsewhere = {
+            name: shape
+            for name, shape in _shapes_on_all_ranks(own, context).items()
+            if name not in own
         }
-        self._elsewhere = _names_of_all_ranks(own, context) - own
         self._loaded = False
-        # After a load that failed half-way: what failed, and what is to be loaded.
-        self._failure: str | None = None
-        self._stale: list[set[str]] = []
+        self.update = UpdateState(
+            [
+                *(
+                    frozenset(entry.local_names)
+                    for entry in self.names.unique()
+                    if not entry.optional
+                ),
+                *(frozenset(hooked.local_names) for hooked in self.names.hooked),
+            ]
+        )
 
     def finish_first_load(self) -> None:
         """Later loads may be partial, also after one that was not done here."""
         self._loaded = True
 
     def require_whole(self) -> None:
-        """Raise RuntimeError if a failed load left weights of two checkpoints."""
-        if self._failure is not None:
-            raise RuntimeError(
-                "The model's weights are a mixture of old and new ones, because a load "
-                f"failed half-way: {self._failure}. Load all of them, as by "
-                "collective_rpc('reload_weights'), to serve again."
-            )
+        """Raise RuntimeError if a failed update left weights of two checkpoints."""
+        if (problem := self.update.problem()) is not None:
+            raise RuntimeError(problem)
 
     @torch.no_grad()
     def load(self, weights: Weights, source: str, complete: bool = False) -> set[str]:
@@ -116,30 +120,31 @@ class ModuleWeights:
         """
         complete |= not self._loaded
         leave_layerwise_reload(self._get_module())
-        if isinstance(weights, Collection):
-            checks = _Load(self, complete, source)
-            for name, whole in weights:
-                checks.check(name, whole, keep=True)
-            checks.finish_checks()
+        self.update.begin_load()
         load = _Load(self, complete, source)
         try:
             if isinstance(weights, Collection):
+                checks = _Load(self, complete, source)
+                for name, whole in weights:
+                    checks.check(name, whole, keep=True)
+                checks.finish_checks()
                 load.take_hooked(checks)
             for name, whole in weights:
                 load.take(name, whole)
             load.finish()
         except BaseException as error:
-            if self._loaded and load.has_written:
-                self.mark_mixed(f"{type(error).__name__}: {error}")
+            if self._loaded:
+                self.update.fail_load(error, load.written)
             raise
         self._loaded = True
-        self._mark_loaded(load.filled)
+        self.update.finish_load(load.filled)
         return load.filled
 
     def load_model(self, model: nn.Module, weights: Weights, source: str) -> Any:
         """Load into what vLLM serves, by name or by the module's own `load_weights`.
 
-        While vLLM reloads, an iterable that is no collection has to bring everything.
+        While vLLM reloads, an iterable that is no collection has to bring everything,
+        unless vLLM says that it is a part, as its weight transfer does.
 
         Args:
             model: this module, or what stands for it in vLLM.
@@ -149,9 +154,10 @@ class ModuleWeights:
         """
         own = getattr(self._get_module(), "load_weights", None)
         reloads = leave_layerwise_reload(model, keep_packed=own is not None)
-        whole = reloads and not isinstance(weights, Collection)
+        whole = reloads and brings_all_weights(weights)
         if own is None:
             return self.load(weights, source, complete=whole)
+        self.update.begin_load()
         packed = [] if reloads or not self._loaded else list(packed_layers(model))
         try:
             for layer in packed:
@@ -164,36 +170,16 @@ class ModuleWeights:
         except BaseException as error:
             leave_layerwise_reload(model)
             if self._loaded:
-                self.mark_mixed(f"{type(error).__name__}: {error}")
+                self.update.fail_load(error, written=None)
             raise
-        if loaded is not None:
-            self._mark_loaded(set(loaded))
-        elif whole:
-            self._failure = None
+        if loaded is not None or whole:
+            self.update.finish_load(self.names.local_names() if whole else set(loaded))
         return loaded
 
     def _get_module(self) -> nn.Module:
         module = self._module()
         assert module is not None, "the module of these weights is gone"
         return module
-
-    def mark_mixed(self, why: str) -> None:
-        """Make `require_whole` raise until every tensor was loaded anew."""
-        if self._failure is None:
-            self._stale = [
-                *(e.local_names for e in self.names.unique() if not e.optional),
-                *(hooked.local_names for hooked in self.names.hooked),
-            ]
-        self._failure = why
-
-    def mark_whole(self) -> None:
-        """All tensors are of one checkpoint, or of one update."""
-        self._failure, self._stale = None, []
-
-    def _mark_loaded(self, names: set[str]) -> None:
-        self._stale = [tensor for tensor in self._stale if not tensor & names]
-        if not self._stale:
-            self._failure = None
 
 
 class _Load:
@@ -218,8 +204,8 @@ class _Load:
         self._surplus: list[str] = []
         self._misshaped: list[str] = []
         self._conflicts: list[str] = []
-        self.has_written = False
         self.filled: set[str] = set()
+        self.written: set[str] = set()  # perhaps not all of a tensor
 
     # ---- Checks
 
@@ -248,8 +234,7 @@ class _Load:
             return None
         entry = names.find(name)
         if entry is None:
-            if not {name, without_wrappers(name)} & self._elsewhere:
-                self._surplus.append(name)
+            self._check_elsewhere(name, whole)
             return None
         if name not in names.entries:
             logger.info_once(
@@ -258,8 +243,7 @@ class _Load:
                 self._source,
             )
         if whole.shape != entry.layout.shape:
-            expected = list(entry.layout.shape)
-            self._misshaped.append(f"{name} {list(whole.shape)}, expected {expected}")
+            self._misshaped.append(_misshaped(name, whole, entry.layout.shape))
             self._given.setdefault(id(entry), (name, None))
             return None
         if id(entry) in self._given:
@@ -270,6 +254,15 @@ class _Load:
             if is_packed(place.owner) and not is_loaded_in_place(*place.at):
                 self._packed.add(place.owner)
         return entry
+
+    def _check_elsewhere(self, name: str, whole: torch.Tensor) -> None:
+        """Of a tensor that other ranks take, so that all of them refuse the same."""
+        plain = without_wrappers(name)
+        known = next((n for n in (name, plain) if n in self._elsewhere), None)
+        if known is None:
+            self._surplus.append(name)
+        elif (shape := self._elsewhere[known]) is not None and shape != whole.shape:
+            self._misshaped.append(_misshaped(name, whole, shape))
 
     def _compare(self, entry: Entry, name: str, whole: torch.Tensor) -> None:
         """Of names that share one tensor, all have to bring the same."""
@@ -310,7 +303,7 @@ class _Load:
             "different tensors for one parameter": self._conflicts,
         }
         found = "; ".join(
-            f"{len(names)} {problem}: {_listed(names)}"
+            f"{len(names)} {problem}: {listed(names)}"
             for problem, names in problems.items()
             if names
         )
@@ -333,7 +326,7 @@ class _Load:
             missing = [e.name for e in names.values() if id(e) not in self._given]
             if missing:
                 raise ValueError(
-                    f"{_listed(came)} came without {_listed(missing)}, but vLLM has "
+                    f"{listed(came)} came without {listed(missing)}, but vLLM has "
                     f"packed them into one {type(owner).__name__}. Load them in one "
                     "call."
                 )
@@ -361,7 +354,7 @@ class _Load:
         for name, value in self._states.items():
             part = self._names.extra_states[name]()
             assert part is not None
-            self.has_written = True
+            self.written.add(name)
             part.set_extra_state(value)
 
     def _write_hooked(self) -> None:
@@ -369,7 +362,7 @@ class _Load:
             state = self._hooked.pop(hooked.path, None)
             if state is not None:
                 load_hooked(hooked, state, self._kind, self._source)
-                self.has_written = True
+                self.written |= hooked.local_names
                 self._hooked_done.add(hooked.path)
                 self.filled |= hooked.local_names
 
@@ -392,7 +385,7 @@ class _Load:
             written.add(id(tensor))
             if local.shape != entry.layout.local_shape:  # divided since
                 entry.layout = layout_of(tensor, owner, self._context)
-            self.has_written = True
+            self.written |= entry.local_names
             if hasattr(tensor, "weight_loader") and not isinstance(tensor, DTensor):
                 tensor.weight_loader(tensor, whole)
             else:
@@ -400,26 +393,44 @@ class _Load:
         self.filled |= entry.local_names
 
     def _write_packed(self, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
-        leaves = self._names.packed_together(owner).keys()
+        entries = self._names.packed_together(owner)
         waiting = self._waiting.setdefault(owner, {})
         # A copy, because the next tensor may come in the same buffer.
-        waiting[leaf] = whole.clone() if len(leaves) > 1 else whole
-        if waiting.keys() == leaves:
-            self.has_written = True
+        waiting[leaf] = whole.clone() if len(entries) > 1 else whole
+        if waiting.keys() == entries.keys():
+            self.written |= {name for e in entries.values() for name in e.local_names}
             repack(owner, self._waiting.pop(owner))
 
 
-def _names_of_all_ranks(names: set[str], context: ParallelContext) -> set[str]:
-    """`names` and those of the other pipeline stages and expert-parallel ranks."""
+Shapes = dict[str, torch.Size | None]
+
+
+def _shapes_by_name(names: ModuleNames) -> Shapes:
+    """Of all that a checkpoint of this module holds; None of what is no tensor."""
+    return {
+        **{name: entry.layout.shape for name, entry in names.entries.items()},
+        **dict.fromkeys(names.extra_states),
+        **{name: None for h in names.hooked for name in h.state_names()},
+    }
+
+
+def _shapes_on_all_ranks(shapes: Shapes, context: ParallelContext) -> Shapes:
+    """With those of the other pipeline stages and expert-parallel ranks."""
     groups = []
     if context.pipeline_parallel_size > 1:
         groups.append(get_pp_group())
     if context.expert_parallel_size > 1:
         groups.append(get_ep_group())
+    found = dict(shapes)
     for group in groups:
-        texts = all_gather_text("\n".join(sorted(names)), group.cpu_group)
-        names = {name for text in texts for name in text.split("\n")}
-    return names
+        for text in all_gather_text(json.dumps(found), group.cpu_group):
+            for name, shape in json.loads(text).items():
+                found[name] = None if shape is None else torch.Size(shape)
+    return found
+
+
+def _misshaped(name: str, whole: torch.Tensor, expected: torch.Size) -> str:
+    return f"{name} {list(whole.shape)}, expected {list(expected)}"
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -434,8 +445,3 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, io.BytesIO):
         return value.getbuffer().nbytes == 0
     return value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -202,6 +202,11 @@ class ModuleNames:
         entries = self.packed_together(layer).values()
         return sum(box.numel() for entry in entries for box in entry.layout.boxes)
 
+    def local_names(self) -> set[str]:
+        """The module's own names for everything a checkpoint holds."""
+        parts: list[Entry | Hooked] = [*self.unique(), *self.hooked]
+        return {name for part in parts for name in part.local_names}
+
     def unique(self) -> list[Entry]:
         """The entries, each once."""
         return list({id(entry): entry for entry in self.entries.values()}.values())

@@ -12,6 +12,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
 
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 logger = init_logger(__name__)
@@ -69,6 +70,26 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
                 torch.utils.swap_tensors(tensor, _allocate(tensor, device))
     # Not `to`, which refuses the meta tensors that are left.
     return module._apply(lambda t: t if t.is_meta else t.to(device))
+
+
+def unregistered_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that are plain attributes, and no views of parameters or buffers.
+
+    Without those of attention layers, which are KV caches.
+    """
+    registered = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*module.parameters(), *module.buffers())
+        if type(tensor) in (nn.Parameter, torch.Tensor)
+    }
+    for path, part in module.named_modules():
+        if isinstance(part, AttentionLayerBase):
+            continue
+        for name, value in vars(part).items():
+            if type(value) not in (nn.Parameter, torch.Tensor) or value.is_meta:
+                continue
+            if value.untyped_storage().data_ptr() not in registered:
+                yield (f"{path}.{name}" if path else name), value
 
 
 def _allocate(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

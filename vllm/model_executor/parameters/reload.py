@@ -11,7 +11,7 @@ used for single layers, of which everything has come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,16 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+try:
+    from vllm.model_executor.model_loader.mtp_validation import (
+        is_mtp_completeness_check_enabled,
+    )
+except ImportError:  # before 0.32.0, where weight transfer loads only lists
+
+    def is_mtp_completeness_check_enabled() -> bool:
+        return True
+
 
 # The name of what a layerwise reload wraps around weight loaders.
 RELOADING = "online_process_loader"
@@ -57,6 +67,15 @@ def leave_layerwise_reload(model: nn.Module, keep_packed: bool = False) -> bool:
         if not info.can_load():
             _unwrap_loaders(layer)
     return under_way
+
+
+def brings_all_weights(weights: Iterable[Any]) -> bool:
+    """Whether a reload with `weights` has to be complete.
+
+    It does if they are read one by one, as by `reload_weights`. Weight transfer loads
+    lists, or turns vLLM's own check of completeness off.
+    """
+    return not isinstance(weights, Collection) and is_mtp_completeness_check_enabled()
 
 
 def _put_back(layer: nn.Module) -> None:

@@ -59,14 +59,14 @@ class LocalUpdate:
             expected = sum(box.numel() for box in layout.boxes)
             if count != expected and not (entry.optional and count == 0):
                 raise ValueError(
-                    f"{count} of {expected} elements of {entry.name} are to arrive. Use "
-                    "the same release of this package in the trainer and the engine."
+                    f"{count} of {expected} elements of {entry.name} are to arrive. "
+                    "Use the same release of this package on both sides."
                 )
 
     def begin(self) -> None:
         """From now on, `room` is written to."""
         if not self._staged:
-            self._weights.mark_mixed("an update of the weights has not ended")
+            self._weights.update.mark_mixed("an update by WeightSync has not ended")
 
     def room(self, index: int) -> torch.Tensor:
         """A tensor of the local shape for one entry, whose blocks are to be filled."""
@@ -110,7 +110,7 @@ class LocalUpdate:
     @torch.no_grad()
     def commit(self) -> None:
         """Make what arrived the model's weights, in place."""
-        self._weights.mark_mixed("an update of the weights failed half-way")
+        self._weights.update.mark_mixed("an update by WeightSync was not written")
         packed: dict[nn.Module, dict[str, int]] = {}
         for index, room in self._rooms.items():
             entry, layout = self._entries[index], self._layouts[index]
@@ -128,7 +128,7 @@ class LocalUpdate:
                     part.copy_(box.of_local(room))
         for owner, leaves in packed.items():
             repack(owner, {leaf: self._whole(index) for leaf, index in leaves.items()})
-        self._weights.mark_whole()
+        self._weights.update.finish_load(self._weights.names.local_names())
 
     def discard(self) -> None:
         """Forget what arrived. A model that was written to stays refused."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -147,9 +147,14 @@ def check_config(model_config: ModelConfig, generates: bool) -> None:
 
 
 def check_quantization(
-    architecture: str, module: nn.Module, vllm_config: VllmConfig
+    architecture: str,
+    module: nn.Module,
+    vllm_config: VllmConfig,
+    context: ParallelContext,
 ) -> None:
     """Quantization is what vLLM's layers do that are given its config.
+
+    All pipeline stages call this together: one may have no layer that does it.
 
     Raises:
         ValueError: it is asked for, and no layer does it.
@@ -157,11 +162,15 @@ def check_quantization(
     """
     if vllm_config.quant_config is None:
         return
-    if not any(
+    quantizes = any(
         getattr(part, "quant_config", None) is not None
         for part in module.modules()
         if not isinstance(part, AttentionLayerBase)  # quantizes the KV cache only
-    ):
+    )
+    if context.pipeline_parallel_size > 1:
+        answer = "yes" if quantizes else "no"
+        quantizes = "yes" in all_gather_text(answer, get_pp_group().cpu_group)
+    if not quantizes:
         quantization = vllm_config.model_config.quantization
         raise ValueError(
             f"{architecture}: quantization={quantization!r} is asked for, but no layer "

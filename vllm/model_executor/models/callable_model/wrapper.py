@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from vllm.compilation.registered_model import add_to_compile_hash
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_world_group
 from vllm.distributed.weight_transfer.registered_models import use_weight_sync
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.full_checkpoint import readable
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.load import weights_of
+from vllm.model_executor.parameters.placement import unregistered_tensors
 from vllm.sequence import IntermediateTensors
 from vllm.v1.engine.startup_failure import enter_stage
 
@@ -90,6 +92,7 @@ class CallableModelWrapper(nn.Module):
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
         self._weights = weights_of(module, self._context)
+        self._problem: str | None = None
         self._forward_keywords = forward_keywords(arch, module)
         self._stage_input = None
         if not self._context.is_first_stage:
@@ -103,7 +106,7 @@ class CallableModelWrapper(nn.Module):
         self._logits_seen = False
         self._attention_calls = AttentionCalls()
         use_weight_sync(vllm_config)
-        check_quantization(arch, module, vllm_config)
+        check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
             check_takes_embeddings(arch, module, self._forward_keywords)
         elif self._context.is_first_stage:
@@ -227,6 +230,34 @@ class CallableModelWrapper(nn.Module):
         enter_stage("loading the weights")
         source = self._vllm_config.model_config.model
         return self._weights.load_model(self, readable(weights, source), source)
+
+    def weights_problem(self) -> str | None:
+        """Why the weights cannot be served; asked before the first step with new ones.
+
+        Where ranks have an engine each, this is a collective call if weights were
+        loaded since, which is to be so on all ranks or on none.
+        """
+        update = self._weights.update
+        if update.touched:
+            parallel = self._vllm_config.parallel_config
+            if parallel.distributed_executor_backend == "external_launcher":
+                self._problem = update.agree(get_world_group().cpu_group)
+            else:
+                self._problem = update.problem()
+            update.end()
+        return self._problem
+
+    def update_progress(self) -> tuple[bool, bool]:
+        """Whether anything, and whether everything was loaded since the last step."""
+        return self._weights.update.has_new(), self._weights.update.is_complete()
+
+    def mark_mixed(self, reason: str) -> None:
+        """An update failed on some rank, after something had changed on one."""
+        self._weights.update.mark_mixed(reason)
+
+    def unregistered_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The module's constants that are no buffers, which a deep sleep would lose."""
+        return unregistered_tensors(self.module)
 
     def process_weights_after_loading(self) -> None:
         """Finish the module's own processing, then try the model on a few tokens.

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Whether a served module's tensors are all of one update, however many loads it has.
+
+An update is all loads between two steps of the engine: one call with everything, or one
+for each tensor. What fails before anything has changed leaves the old weights; what
+fails later leaves a mixture, until every tensor was loaded anew.
+"""
+
+from __future__ import annotations
+
+import json
+
+from torch.distributed import ProcessGroup
+
+from vllm.distributed.text_collectives import all_gather_text
+
+LISTED = 8
+
+
+class UpdateState:
+    """What this rank's loads have changed since the last step of the engine.
+
+    Args:
+        tensors: The names of each tensor that a checkpoint has to hold; several names
+            if it is tied, or if only a module's own `load_state_dict` can fill it.
+
+    """
+
+    def __init__(self, tensors: list[frozenset[str]]) -> None:
+        self._tensors = tensors
+        self._new: set[str] = set()  # names loaded in this update
+        self._error: str | None = None  # of a load of this update
+        self._mixed: str | None = None  # why the weights are a mixture
+        self._stale: list[frozenset[str]] = []  # to be loaded to end that
+        self.touched = False  # since the last `end`
+
+    def begin_load(self) -> None:
+        self.touched = True
+        if self.is_complete():  # what comes now is another update
+            self._new.clear()
+
+    def finish_load(self, names: set[str]) -> None:
+        self._new |= names
+        self._stale = [tensor for tensor in self._stale if not tensor & names]
+        if not self._stale:
+            self._mixed = None
+
+    def fail_load(self, error: BaseException, written: set[str] | None) -> None:
+        """A load failed after it had written tensors by these names.
+
+        Args:
+            error: What it raised.
+            written: None if that is not known.
+
+        """
+        self._error = f"{type(error).__name__}: {error}"
+        if written is None or written or self._new:
+            self.mark_mixed(self._error)
+
+    def mark_mixed(self, reason: str) -> None:
+        """An update failed, here or on another rank, after something had changed."""
+        self.touched = True
+        self._mixed, self._stale = reason, list(self._tensors)
+        self._new.clear()
+
+    def has_new(self) -> bool:
+        """Whether loads of this update have changed anything."""
+        return bool(self._new) or self._mixed is not None
+
+    def is_complete(self) -> bool:
+        """Whether they have brought every tensor."""
+        return all(tensor & self._new for tensor in self._tensors)
+
+    def end(self) -> None:
+        """A step follows: what is loaded later is another update."""
+        self._new.clear()
+        self._error = None
+        self.touched = False
+
+    def problem(self) -> str | None:
+        """Why the weights cannot be served, and what to do."""
+        if self._mixed is None:
+            return None
+        stale = listed(sorted(min(tensor) for tensor in self._stale))
+        return (
+            "The model's weights are a mixture of old and new ones, because an update "
+            f"failed half-way: {self._mixed.rstrip('.')}. Not loaded since: {stale}. "
+            "Load all weights, as by collective_rpc('reload_weights'), to serve again."
+        )
+
+    def agree(self, group: ProcessGroup) -> str | None:
+        """`problem()` of all ranks of `group`, each of which has to call this.
+
+        A load that failed on one rank leaves a mixture if any has loaded something.
+        """
+        mine = json.dumps([self._error, self.has_new(), self.is_complete()])
+        states = [json.loads(text) for text in all_gather_text(mine, group)]
+        errors, new, complete = zip(*states, strict=True)
+        error = next(filter(None, errors), None)
+        if error is not None and any(new) and not all(complete):
+            self.mark_mixed(error)
+        problems = all_gather_text(self.problem() or "", group)
+        return next(filter(None, problems), None)
+
+
+def listed(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
