@@ -8,7 +8,8 @@ All modes have the same random weights, and each runs in its own process: vLLM's
 Llama with a Hugging Face trainer, and a PyTorch Llama that trains and serves, by
 default and with `VLLM_BATCH_INVARIANT=1`, each with heads of 64 and of 128. Prompts of
 mixed lengths are served greedily and sampled, with chunked prefill, prefix caching and
-CUDA graphs. In one mode the cache is too small, so that requests are preempted. The
+CUDA graphs. In one mode the cache is too small, so that requests are preempted; in one
+the engine, in a process of its own, has been updated ten times by `WeightSync`. The
 mode with tensor parallelism needs two NVIDIA GPUs, the others one.
 """
 
@@ -38,6 +39,7 @@ MODES = {
     "one module, invariant": {"invariant": True},
     "one module, invariant, preempted": {"invariant": True, "preempted": True},
     "one module, invariant, TP=2": {"invariant": True, "tp_size": 2},
+    "one module, invariant, updated": {"invariant": True, "updates": 10},
 }
 PROMPTS, NEW_TOKENS, MAX_MODEL_LEN = 256, 64, 4096
 STEP_TOKENS = 16384
@@ -171,7 +173,8 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     """One row of the results, in its own process."""
     options = MODES[mode]
     invariant = options.get("invariant", False)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    updates = options.get("updates", 0)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(updates > 0))
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
@@ -218,6 +221,7 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         return llm.generate(prompts[:count], params, use_tqdm=False)
 
     generate(0.0, 8)
+    updated = train_and_update(llm, head_dim, directory, updates) if updates else None
     outputs = [o for count in (1, 7, PROMPTS) for o in generate(0.0, count)]
     outputs += generate(1.0, PROMPTS)
     rates = []
@@ -260,7 +264,7 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         if native:
             trainer = HuggingFaceTrainer(directory)
         else:
-            module = llm.apply_model(lambda model: model.module)[0]
+            module = updated or llm.apply_model(lambda model: model.module)[0]
             trainer = OwnTrainer(module, invariant)
         recomputed = recompute(trainer, sequences)
     difference = (recomputed.double() - served).abs().flatten()
@@ -278,6 +282,25 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     if isinstance(trainer, OwnTrainer):
         result["step_ms"] = step_ms(trainer, shape.vocab_size)
     return result
+
+
+def train_and_update(llm: Any, head_dim: int, directory: str, updates: int) -> Llama:
+    """A trainer's module, which has changed and updated the engine so many times."""
+    from safetensors.torch import load_file
+
+    from vllm.distributed.weight_sync import WeightSync
+
+    with torch.device("cuda"):
+        model = Llama(SHAPES[head_dim]).to(torch.bfloat16)
+    model.load_weights(load_file(Path(directory) / "model.safetensors").items())
+    sync = WeightSync(model, llm)
+    for _ in range(updates):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+        sync.update()
+    sync.close()
+    return model
 
 
 def step_ms(trainer: OwnTrainer, vocab: int) -> float:
