@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Time of a weight update, from a trainer's module to a committed engine.
 
-    python benchmarks/weight_sync.py --size 8b             # one GPU, two processes
-    python benchmarks/weight_sync.py --size 8b --two-gpus  # the trainer on the second
+    python benchmarks/weight_sync.py --size 8b
+    python benchmarks/weight_sync.py --size 8b --two-gpus
     python benchmarks/weight_sync.py --size 300m --device cpu
 
 `WeightSync` with and without staging, vLLM's own backends in the same run, and how fast

@@ -221,7 +221,7 @@ sync.update()
 def test_a_trainer_that_is_killed(
     model_dir_with_tokenizer: Path, tmp_path_factory
 ) -> None:
-    """In each phase of an update; the next trainer attaches, and its update is whole."""
+    """In each phase of an update. The next trainer's update is whole."""
     log = tmp_path_factory.mktemp("serve") / "log.txt"
 
     def answer(url: str) -> list[int]:

@@ -30,7 +30,7 @@ def on_stage(monkeypatch):
         group = SimpleNamespace(rank_in_group=rank)
         monkeypatch.setattr(parallel_state, "_PP", group)
         # The other stage is not there to say which weights it has.
-        monkeypatch.setattr(load, "_names_of_all_ranks", lambda names, _: names)
+        monkeypatch.setattr(load, "_shapes_on_all_ranks", lambda shapes, _: shapes)
         model_config = SimpleNamespace(
             get_vocab_size=lambda: 8,
             get_hidden_size=lambda: HIDDEN,
@@ -42,6 +42,7 @@ def on_stage(monkeypatch):
         config = SimpleNamespace(
             additional_config={},
             quant_config=None,
+            weight_transfer_config=None,
             parallel_config=ParallelConfig(pipeline_parallel_size=2),
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),

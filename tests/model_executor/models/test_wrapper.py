@@ -79,6 +79,7 @@ def wrap(monkeypatch):
         config = SimpleNamespace(
             additional_config={},
             quant_config=quant_config,
+            weight_transfer_config=None,
             parallel_config=ParallelConfig(),
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
