@@ -77,6 +77,7 @@ def engine_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": 256 << 20,
         "tensor_parallel_size": args.tensor_parallel_size,
+        "gpu_memory_utilization": 0.4,  # the trainer may be on the same GPU
     }
     if args.device == "cpu" or args.eager:
         options["enforce_eager"] = True

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm.distributed.weight_sync.manifest import Location, Manifest, Shard
+from vllm.distributed.weight_sync.memory import checksum
 from vllm.distributed.weight_sync.plan import Plan
 from vllm.distributed.weight_sync.traffic import Outgoing
 from vllm.model_executor.parameters.layout import Box, Layout
@@ -216,3 +217,18 @@ def test_a_manifest_survives_its_bytes() -> None:
         read = Manifest.from_bytes(manifest.to_bytes())
         assert read.location == manifest.location
         assert read.shards == manifest.shards
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 16), (5, 3)])
+def test_a_checksum_depends_on_bits_and_not_on_strides(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    values = torch.randint(-100, 100, (*shape, 2)).to(dtype)
+    strided, plain = values[..., 0], values[..., 0].clone()
+    shifted = torch.empty(plain.numel() + 1, dtype=dtype)[1:].view(shape)
+    shifted.copy_(plain)
+    sums = {int(checksum(block)) for block in (strided, plain, shifted)}
+    assert len(sums) == 1
+    plain.view(-1)[0] += 1
+    assert int(checksum(plain)) not in sums
