@@ -141,9 +141,7 @@ def _layout_from_json(values: list[Any]) -> Layout:
             f"A tensor's dtype is {dtype!r}, which this PyTorch does not have. Use the "
             "same PyTorch release in the trainer and in the engine."
         )
-    return Layout(
-        torch.Size(shape),
-        torch.Size(local_shape),
-        kind,
-        tuple(Box(*(tuple(values) for values in box)) for box in boxes),
-    )
+    found = [
+        Box(tuple(local), tuple(whole), tuple(sizes)) for local, whole, sizes in boxes
+    ]
+    return Layout(torch.Size(shape), torch.Size(local_shape), kind, tuple(found))

@@ -122,7 +122,7 @@ class Receiver:
             place = room(copy)
             place.copy_(part)
             sums.append(checksum(place))
-        indices = torch.tensor([copy.index for copy in copies])
+        indices = torch.tensor([copy.block_index for copy in copies])
         found = torch.stack(sums).to("cpu")  # waits for the device
         differ = (found != self._progress.checksums[indices]).nonzero().flatten()
         if len(differ):

@@ -8,6 +8,7 @@ an update. Values are JSON: nothing that comes from the network is unpickled.
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import time
@@ -86,15 +87,18 @@ class Rendezvous:
         self._store.delete_key(key)
 
     def set_manifest(self, side: str, rank: int, manifest: Manifest) -> None:
-        self._store.set(f"{side}/{rank}", manifest.to_bytes())
+        text = base64.b64encode(manifest.to_bytes()).decode()
+        self._store.set(f"{side}/{rank}", text)
 
     def get_manifests(self, side: str, size: int) -> list[Manifest]:
         return [
             Manifest.from_bytes(
-                self._wait(
-                    f"{side}/{rank}",
-                    lambda: None,
-                    f"{side} rank {rank} has not said which tensors it holds",
+                base64.b64decode(
+                    self._wait(
+                        f"{side}/{rank}",
+                        lambda: None,
+                        f"{side} rank {rank} has not said which tensors it holds",
+                    )
                 )
             )
             for rank in range(size)

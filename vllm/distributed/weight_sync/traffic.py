@@ -64,19 +64,20 @@ class Copy(NamedTuple):
     dtype: str
     shard: int
     start: Offsets
-    index: int
+    block_index: int
     bucket: int
     offset: int
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Copy:
-        return cls(*(tuple(v) if isinstance(v, list) else v for v in values))
+        fields: Any = [tuple(v) if isinstance(v, list) else v for v in values]
+        return cls(*fields)
 
     @property
     def block(self) -> Block:
         """The block that is copied."""
         dtype = getattr(torch, self.dtype)
-        place = (self.index, self.bucket, self.offset)
+        place = (self.block_index, self.bucket, self.offset)
         return Block(self.shard, self.start, self.sizes, dtype, (), *place)
 
     def of_target(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -135,7 +136,7 @@ class Outgoing:
     ) -> None:
         here = sources[source].location
         shards = sources[source].shards
-        found: dict[tuple[object, ...], list[Piece]] = {}
+        found: dict[tuple[Any, ...], list[Piece]] = {}
         for piece in plan.pieces(source):
             same_dtype = shards[piece.source_shard].layout.dtype == piece.dtype
             direct = is_read_directly(here, targets[piece.target].location, same_dtype)
