@@ -92,10 +92,9 @@ class LocalUpdate:
         }
         if not rooms:
             return
-        # A sum reads each element once and makes no tensor of its size.
-        sums = torch.stack(
-            [room.sum(dtype=torch.float32).to("cpu") for room in rooms.values()]
-        )
+        # A sum reads each element once, and makes no tensor of the same size. One of
+        # finite values may overflow, so what is not finite is looked at again.
+        sums = torch.stack([room.sum().float().to("cpu") for room in rooms.values()])
         found = [
             self._entries[index].name
             for (index, room), total in zip(rooms.items(), sums, strict=True)

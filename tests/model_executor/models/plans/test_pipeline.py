@@ -156,3 +156,40 @@ def test_a_module_with_a_forward_of_its_own():
     with torch.no_grad():
         expected = model.compute_logits(-model(ids, torch.arange(7)))
         torch.testing.assert_close(run_stages(stages, ids), expected)
+
+
+class OfBatches(PlanModel):
+    """Works on `[1, tokens]` inside, as Transformers' models do."""
+
+    def forward(self, input_ids, positions):
+        return super().forward(input_ids[None], positions[None])[0]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@torch.no_grad()
+def test_stages_of_a_module_that_works_on_batches(size):
+    """What goes between stages is `[tokens, hidden]`, whatever is inside."""
+    model = trained()
+    stages = stages_of(OfBatches, model.state_dict(), size)
+    ids = torch.arange(7)
+    handed = stages[0](ids, torch.arange(7), intermediate_tensors=None)
+    assert handed["hidden_states"].dim() == 2
+    torch.testing.assert_close(run_stages(stages, ids), logits_of(model, ids))
+
+
+@torch.no_grad()
+def test_a_plan_in_another_order():
+    """The head is after the stack, though a merged plan may name it first."""
+    model = trained()
+    order = list(PlanModel().pp_plan.items())
+
+    def build():
+        return PlanModel(pp_plan=dict(reversed(order)))
+
+    names = [name for name, _ in reversed(order)]
+    assert names.index("lm_head") < names.index("decoder.stack.layers")
+    stages = stages_of(build, model.state_dict(), 2)
+    assert "lm_head.weight" in stages[1].state_dict()
+    assert "embedding.weight" not in stages[1].state_dict()
+    ids = torch.arange(7)
+    torch.testing.assert_close(run_stages(stages, ids), logits_of(model, ids))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from vllm.config import VllmConfig
@@ -102,9 +103,22 @@ def match_stages(module: nn.Module, plan: Mapping[str, Any]) -> Stages | None:
             "expected ([hidden states, ...], [hidden states]), because a stage hands "
             "over one tensor."
         )
-    order = list(found)
-    at = order.index(stack)
-    return Stages(order[:at], stack, order[at + 1 :], inputs[0])
+    before, after = [], []
+    seen_stack = False
+    for name, pattern in found.items():
+        if name == stack:
+            seen_stack = True
+            continue
+        # Transformers puts a model's own entries, such as the head's, before those of
+        # its base model. So what goes in and comes out says more than their order.
+        taken, made = plan[pattern]
+        if not set(taken) & set(outputs):
+            before.append(name)
+        elif seen_stack or not set(made) & set(inputs):
+            after.append(name)
+        else:
+            before.append(name)
+    return Stages(before, stack, after, inputs[0])
 
 
 class Boundary:
@@ -122,10 +136,21 @@ class StandIn(nn.Module):
 
 
 class EarlierStage(StandIn):
-    """Stand-in for an earlier stage's modules; returns the received hidden states."""
+    """Stand-in for an earlier stage's modules; returns the received hidden states.
+
+    They get the leading axes of its input, which may be `[1, tokens]` in a module that
+    works on batches.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.stage_boundary.received
+        received = self.stage_boundary.received  # [tokens, hidden]
+        given = _first(args, kwargs)
+        if received is None or not isinstance(given, torch.Tensor):
+            return received
+        axes = given.shape[:-1] if given.is_floating_point() else given.shape
+        if len(axes) < 2:
+            return received
+        return received.reshape(*axes, received.shape[-1])
 
 
 class LaterLayer(StandIn):
@@ -146,7 +171,7 @@ class AfterStack(StandIn):
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def cut_stage(
@@ -248,6 +273,8 @@ def _hand_over(module: nn.Module, boundary: Boundary, context: ParallelContext) 
             result = super().forward(*args, **kwargs)
             if not is_last_stage:
                 sent = self.stage_boundary.sent
+                if isinstance(sent, torch.Tensor):
+                    sent = sent.flatten(0, -2)  # [tokens, hidden], also of batches
                 result = IntermediateTensors({HIDDEN_STATES: sent})
             self.stage_boundary.received = self.stage_boundary.sent = None
             return result
