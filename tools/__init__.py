@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class BuildError(Exception):
-    """What went wrong and how to mend it, in a sentence for the person building."""
+    """What went wrong and how to repair it, in a sentence for the person building."""
 
 
 @contextmanager

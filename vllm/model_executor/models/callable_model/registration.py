@@ -242,7 +242,7 @@ def annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
 
 
 def interface_of(model_cls: type[nn.Module]) -> dict[str, Any]:
-    """What `model_cls` says of itself to vLLM, for a wrapper class to say likewise."""
+    """The attributes by which `model_cls` tells vLLM what it can do, for a wrapper."""
     interface = {}
     for name in dir(model_cls):
         if hasattr(CallableModelWrapper, name) or name.startswith("__"):

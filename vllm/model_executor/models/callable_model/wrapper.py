@@ -159,7 +159,7 @@ class CallableModelWrapper(nn.Module):
         if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
             inputs_embeds = intermediate_tensors[HIDDEN_STATES]
             intermediate_tensors = None
-        # A new dict: vLLM takes a trace that changes one of its own for a mistake.
+        # Build a new dict: vLLM rejects traces that mutate their keyword arguments.
         offered = {
             **kwargs,
             "intermediate_tensors": intermediate_tensors,
@@ -215,8 +215,8 @@ class CallableModelWrapper(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits `[tokens, vocab]` of hidden states `[tokens, hidden]`.
 
-        Vocabulary-parallel logits are gathered. None on ranks that vLLM's own
-        output head leaves without.
+        Vocabulary-parallel logits are gathered. None on ranks where
+        vLLM's LogitsProcessor returns none.
         """
         self._weights.require_whole()
         logits = self._logits(hidden_states)
