@@ -168,6 +168,21 @@ def server(model_dir: Path, log: Path, **environment: str) -> Iterator[str]:
         process.wait(60)
 
 
+def answer(url: str) -> list[int]:
+    found = requests.post(
+        f"{url}/v1/completions",
+        json={
+            "model": "tiny",
+            "prompt": PROMPT,
+            "max_tokens": 8,
+            "temperature": 0,
+            "return_token_ids": True,
+        },
+        timeout=60,
+    ).json()
+    return found["choices"][0]["token_ids"]
+
+
 def test_a_server(model_dir_with_tokenizer: Path, tmp_path_factory) -> None:
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     model = trained_model()
@@ -175,18 +190,7 @@ def test_a_server(model_dir_with_tokenizer: Path, tmp_path_factory) -> None:
     with server(model_dir_with_tokenizer, log, VLLM_SERVER_DEV_MODE="1") as url:
         sync = WeightSync(model, [url], timeout=60)
         assert sync.update() == 1
-        answer = requests.post(
-            f"{url}/v1/completions",
-            json={
-                "model": "tiny",
-                "prompt": PROMPT,
-                "max_tokens": 8,
-                "temperature": 0,
-                "return_token_ids": True,
-            },
-            timeout=60,
-        ).json()
-        assert answer["choices"][0]["token_ids"] == greedy(model, PROMPT, 8)
+        assert answer(url) == greedy(model, PROMPT, 8)
         assert requests.get(f"{url}/weight_info", timeout=9).json() == {
             "weight_version": "1"
         }
@@ -197,14 +201,13 @@ TRAINER = """
 import sys, torch
 from tiny_model import trained_model
 from vllm.distributed.weight_sync import WeightSync
-from vllm.distributed.weight_sync import sender
 model = trained_model()
 with torch.no_grad():
     for parameter in model.parameters():
         parameter.normal_()
 sync = WeightSync(model, [sys.argv[1]], bucket_bytes=1000, timeout=60)
 sync.update()
-phase, count = sys.argv[2], 0
+phase = sys.argv[2]
 def die(frame, event, argument):
     if event == "call" and frame.f_code.co_name == phase:
         import os, signal
@@ -223,20 +226,6 @@ def test_a_trainer_that_is_killed(
 ) -> None:
     """In each phase of an update. The next trainer's update is whole."""
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-
-    def answer(url: str) -> list[int]:
-        found = requests.post(
-            f"{url}/v1/completions",
-            json={
-                "model": "tiny",
-                "prompt": PROMPT,
-                "max_tokens": 8,
-                "temperature": 0,
-                "return_token_ids": True,
-            },
-            timeout=60,
-        ).json()
-        return found["choices"][0]["token_ids"]
 
     with server(model_dir_with_tokenizer, log, VLLM_SERVER_DEV_MODE="1") as url:
         for phase in ("_begin", "send", "_note_checksums", "_collect", "pause"):

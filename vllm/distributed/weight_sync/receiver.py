@@ -21,7 +21,6 @@ from vllm.distributed.weight_sync.memory import (
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.sender import LOCAL
 from vllm.distributed.weight_sync.traffic import Copy, Ring
-from vllm.model_executor.parameters.names import Entry
 
 Room = Callable[[Copy], torch.Tensor]
 
@@ -98,7 +97,7 @@ class Receiver:
         if self._location.process == os.getpid():
             entries = LOCAL[self._rendezvous.address[1], self._source]
             for copy in copies:
-                part = copy.block.of_source(_local(entries[copy.shard]))
+                part = copy.block.of_source(entries[copy.shard].local_tensor)
                 room(copy).copy_(part)
             return
         exported = int(self._progress.exported)
@@ -150,9 +149,3 @@ class Receiver:
             if uuid == self._location.device:
                 return index
         raise RuntimeError(f"The trainer's device {self._location.device} is not here.")
-
-
-def _local(entry: Entry) -> torch.Tensor:
-    tensor = entry.places[0].local_tensor
-    assert tensor is not None, "a tensor was removed from the trainer's module"
-    return tensor.detach()

@@ -110,16 +110,14 @@ class WeightSync:
         assert self._rendezvous is not None and self._sender is not None
         self._version += 1
         update = self._version
-        failure = ""
+        failure, cause = "", None
         try:
             if self._rank == 0:
                 self._begin(update)
             self._sender.send(update)
         except Exception as error:
             failure = f"trainer rank {self._rank}: {type(error).__name__}: {error}"
-            cause: Exception | None = error
-        else:
-            cause = None
+            cause = error
         self._rendezvous.set(f"sent/{update}/{self._rank}", failure)
         if self._rank == 0:
             self._end(update)
@@ -206,6 +204,9 @@ class WeightSync:
         assert self._rendezvous is not None
         rendezvous = self._rendezvous
         failures = self._collect(update)
+        last = update - 1  # all ranks are in this update, so they have read its keys
+        for key in (*self._keys(last), f"verdict/{last}", f"done/{last}"):
+            rendezvous.forget(key)
         rendezvous.set(f"verdict/{update}", not failures)
         try:
             for client in self._clients if self._staged else ():
@@ -221,13 +222,16 @@ class WeightSync:
                 client.resume()
         rendezvous.set(f"done/{update}", "; ".join(failures))
 
+    def _keys(self, update: int) -> list[str]:
+        """What each rank of both sides says under."""
+        sent = [f"sent/{update}/{rank}" for rank in range(self._ranks)]
+        return sent + [f"received/{update}/{r}" for r in range(self._engine_ranks)]
+
     def _collect(self, update: int) -> list[str]:
         """What every rank of both sides says of an update, if it is not well."""
         assert self._rendezvous is not None
-        keys = [f"sent/{update}/{rank}" for rank in range(self._ranks)]
-        keys += [f"received/{update}/{rank}" for rank in range(self._engine_ranks)]
         failures = []
-        for key in keys:
+        for key in self._keys(update):
             try:
                 said = self._rendezvous.get(
                     key, lambda: require_running(self._processes)

@@ -97,6 +97,13 @@ class Entry:
     hooked: bool = False
 
     @property
+    def local_tensor(self) -> torch.Tensor:
+        """This rank's part of it as it is now, without gradients."""
+        tensor = self.places[0].local_tensor
+        assert tensor is not None, "a tensor was removed from its module"
+        return tensor.detach()
+
+    @property
     def name(self) -> str:
         return min(self.state_names or self.names)
 

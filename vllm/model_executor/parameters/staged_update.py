@@ -77,7 +77,7 @@ class LocalUpdate:
                 self._rooms[index] = torch.empty(
                     layout.local_shape,
                     dtype=layout.dtype,
-                    device=self._staging_device(entry),
+                    device=self._staging_device(),
                 )
             else:
                 self._rooms[index] = local
@@ -142,7 +142,7 @@ class LocalUpdate:
             box.of_whole(whole).copy_(part)
         return whole
 
-    def _staging_device(self, entry: Entry) -> torch.device:
+    def _staging_device(self) -> torch.device:
         if self._device is None:
             tensor = next(
                 local
