@@ -90,5 +90,5 @@ $(READY): $(INPUTS)
 # of them takes effect without another setup.
 $(MODULES): FORCE
 	@mkdir -p build
-	@find vllm -type f ! -name '*.pyc' | sort > $@.new
+	@find vllm vllm_generic -type f ! -name '*.pyc' | sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -36,6 +37,9 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{CACHES.name}/inductor"
 # Tables and messages are as wide, and as plain, on every terminal.
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
 os.environ.pop("FORCE_COLOR", None)
+
+# A shell starts background jobs with Ctrl-C ignored, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)  # tiny_model, also in processes that unpickle it

@@ -131,7 +131,8 @@ def check_release(version: str) -> str:
         if commit.series == series.INDEPENDENT and commit.patch:
             alone = [other.read(version) for other in series.needed(commit)]
             check_places([*alone, commit.read(version)], originals, version)
-    laid = patched | {name: (ROOT / name).read_bytes() for name in modules}
+    added = [*modules, *series.own_package()]
+    laid = patched | {name: (ROOT / name).read_bytes() for name in added}
     for name, content in laid.items():
         if name.endswith(".py"):
             try:
@@ -199,7 +200,7 @@ def check_spdx() -> str:
         "# SPDX-License-Identifier: Apache-2.0\n"
         "# SPDX-FileCopyrightText: Copyright contributors to the vLLM project\n"
     )
-    folders = ("vllm", "tools", "tests", "examples", "benchmarks")
+    folders = ("vllm", "vllm_generic", "tools", "tests", "examples", "benchmarks")
     files = [ROOT / "setup.py"]
     for folder in folders:
         files += sorted((ROOT / folder).rglob("*.py"))

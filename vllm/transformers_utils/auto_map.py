@@ -9,9 +9,11 @@ import importlib
 import os
 import sys
 from collections.abc import Container, Mapping, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import module_from_spec
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 # Names a class or factory for vLLM alone; Transformers does not read it.
 VLLM_KEY = "VllmModel"
+
+# Begins the names of packages that are directories with a model's code.
+_PREFIX = "model_code_"
 
 
 class AutoMapModel:
@@ -78,12 +83,44 @@ def _load_from_package(directory: Path, reference: str) -> Any:
     digest = hashlib.sha256(str(directory.resolve()).encode())
     for path in sorted(directory.rglob("*.py")):
         digest.update(path.read_bytes())
-    package = f"model_code_{digest.hexdigest()}"  # edited code: another name
+    package = f"{_PREFIX}{digest.hexdigest()}"  # edited code: another name
     if package not in sys.modules:
+        if _DirectoryCodeFinder not in sys.meta_path:
+            sys.meta_path.insert(0, _DirectoryCodeFinder)
         spec = ModuleSpec(package, None, is_package=True)
         spec.submodule_search_locations = [str(directory)]
         sys.modules[package] = module_from_spec(spec)
     return getattr(importlib.import_module(f"{package}.{file}"), name)
+
+
+class _SourceLoader(SourceFileLoader):
+    """Compiles a file each time, and neither reads nor writes bytecode beside it.
+
+    Bytecode counts as current if the file's size is the same and its time, to the
+    second: an edit may keep both. A model's directory may also be read-only.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+class _DirectoryCodeFinder(MetaPathFinder):
+    """Finds the files of a directory that `_load_from_package` took for a package."""
+
+    @classmethod
+    def find_spec(
+        cls,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(_PREFIX):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _SourceLoader(fullname, spec.loader.path)
+        return spec
 
 
 def model_reference(
