@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .adapter_config import AdapterConfig
-from .sites import Site, summary, targets_of
+from .sites import Site, targets_of, unknown_module
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -78,6 +78,20 @@ class Adapter:
         embeddings = [n for n in factors if sites[n].is_embedding]
         return cls(config, factors, embeddings)
 
+    @classmethod
+    def zeros(cls, sites: dict[str, Site], rank: int) -> Adapter:
+        """An adapter that changes nothing, of all `sites`."""
+        factors = {
+            name: (torch.zeros(rank, site.inputs), torch.zeros(rank, site.outputs))
+            for name, site in sites.items()
+        }
+        return cls(AdapterConfig(rank), factors)
+
+    def restricted_to(self, sites: dict[str, Site]) -> Adapter:
+        """What a pipeline stage with these `sites` has of it."""
+        factors = {name: f for name, f in self.factors.items() if name in sites}
+        return Adapter(self.config, factors, self.embeddings & factors.keys())
+
     def parameters(self) -> list[torch.Tensor]:
         return [factor for pair in self.factors.values() for factor in pair]
 
@@ -91,10 +105,7 @@ class Adapter:
         for name, (a, b) in self.factors.items():
             site = sites.get(name)
             if site is None:
-                raise ValueError(
-                    f"The adapter changes {name}, which is no linear layer or "
-                    f"embedding of the model; it has {summary(sites)}."
-                )
+                raise unknown_module(name, sites)
             rank = self.config.rank_of(name)
             expected = [(rank, site.inputs), (rank, site.outputs)]
             if [tuple(a.shape), tuple(b.shape)] != expected:

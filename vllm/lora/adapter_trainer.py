@@ -64,7 +64,7 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class AdamWParams:
-    """Of one optimizer step, with Tinker's defaults. `grad_clip_norm` 0 does not clip."""
+    """Of one optimizer step, with Tinker's defaults. A `grad_clip_norm` of 0 is none."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -86,9 +86,9 @@ class AdapterTrainer:
         context: this process's place among tensor-parallel ranks.
         vocab_size: the number of logits; by default, of the outputs of its head.
         packed: whether the sequences of all adapters go through the base together. By
-            default on a GPU, where `batch_invariant()` gives each adapter the bits that
-            it has alone. On a CPU, whose matrix products have no such mode, each adapter
-            has a pass of its own, for the same reason.
+            default on a GPU, where `batch_invariant()` gives each adapter the bits
+            that it has alone. On a CPU, whose matrix products have no such mode, each
+            adapter has a pass of its own, for the same reason.
 
     """
 
@@ -232,7 +232,7 @@ class AdapterTrainer:
             for sequence in sequences
         ]
         rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
-        self._rows.slots = rows.to(self.device)
+        self._rows.slots, self._rows.tokens = rows.to(self.device), len(rows)
         tokens = torch.cat([s.tokens for s in sequences]).to(self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
@@ -361,7 +361,7 @@ def _in_order(own: Adapter, other: Adapter) -> list[torch.Tensor]:
 
 
 def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of `targets`, `[tokens]` or `[tokens, K]`, of `[tokens, vocab]`."""
+    """Of `targets`, `[tokens]` or `[tokens, K]`, by logits `[tokens, vocab]`."""
     if logits.is_cuda:  # by the kernel of vLLM's sampler
         columns = targets.view(len(targets), -1).unbind(1)
         values = [token_log_probs(logits, column) for column in columns]

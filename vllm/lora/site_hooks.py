@@ -24,12 +24,18 @@ from .sites import Site
 
 @dataclass
 class BatchRows:
-    """The slot of each row's adapter, `[tokens]` of the batch that runs, or None.
+    """Which adapter each row of the batch that runs has; all hooks share one.
 
-    All hooks of a module share one. -1 is a row without an adapter.
+    Args:
+        slots: the slot of each row's adapter, `[at least tokens]`; -1 is none.
+        tokens: how many rows the batch has.
+        any_adapter: whether some row has one.
+
     """
 
     slots: torch.Tensor | None = None
+    tokens: int = 0
+    any_adapter: bool = True
 
 
 @dataclass
@@ -83,7 +89,8 @@ class SiteHook:
             self._handle = None
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.slots.a or self.rows.slots is None:
+        # Compiled code runs with other batches later, so it cannot ask what this has.
+        if not (self.rows.any_adapter or torch.compiler.is_compiling()):
             return output
         first = args[0]
         if isinstance(output, tuple):  # vLLM's and Megatron's return their bias too
@@ -99,12 +106,30 @@ class SiteHook:
         if isinstance(output, DTensor):
             local = self.add(x, output.to_local())
             return DTensor.from_local(local, output.device_mesh, output.placements)
-        rows = self.rows.slots
         width = output.shape[-1]
         flat = x.reshape(-1) if self.site.is_embedding else x.reshape(-1, x.shape[-1])
-        narrow = self._shrink(flat, rows[: flat.shape[0]], output.dtype)
-        delta = self._expand(narrow, rows[: flat.shape[0]], width)
+        rows = self._rows_of(flat)
+        narrow = self._shrink(flat, rows, output.dtype)
+        delta = self._expand(narrow, rows, width)
         return output + delta.view(output.shape)
+
+    def _rows_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The slots of the rows of `flat`, `[tokens]` or `[tokens, inputs]`.
+
+        Raises:
+            RuntimeError: it has fewer rows than the batch, so that whose they are is
+                not known.
+
+        """
+        tokens = flat.shape[0]
+        assert self.rows.slots is not None
+        if not torch.compiler.is_compiling() and tokens < self.rows.tokens:
+            raise RuntimeError(
+                f"{self.site.name} was called with {tokens} rows in a batch of "
+                f"{self.rows.tokens} tokens; an adapter can change only layers that "
+                "get every token. Leave it out by target_modules."
+            )
+        return self.rows.slots[:tokens]
 
     def _shrink(
         self, x: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype

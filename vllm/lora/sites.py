@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from .adapter_config import AdapterConfig
 
 # What PyTorch's and Megatron's or vLLM's layers call their widths.
 LINEAR_WIDTHS = (("in_features", "out_features"), ("input_size", "output_size"))
+# Parts of names below which layers get some tokens only, in an order of their own.
+EXPERTS = {"experts", "local_experts"}
 EMBEDDING_WIDTHS = ("num_embeddings", "embedding_dim")
 
 
@@ -81,7 +84,7 @@ class Site:
 
 
 def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
-    """All sites of `module`, by name; those that other pipeline stages have are not."""
+    """All sites of this rank's part of `module`, by name; experts are none."""
     sites = {}
     for name, part in module.named_modules():
         weight = getattr(part, "weight", None)
@@ -91,7 +94,7 @@ def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
         is_linear = any(
             all(hasattr(part, width) for width in pair) for pair in LINEAR_WIDTHS
         )
-        if not (is_embedding or is_linear):
+        if not (is_embedding or is_linear) or EXPERTS & set(name.split(".")):
             continue
         name = without_wrappers(name)
         is_head = name in OUTPUT_HEADS
@@ -126,11 +129,15 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
         raise ValueError(
             f"target_modules={config.target_modules!r} names "
             f"{', '.join(unknown) or 'nothing'} that is no linear layer or embedding "
-            f"of the model; it has {summary(sites)}."
+            f"of the model; it has {', '.join(sites) or 'none'}."
         )
     return chosen
 
 
-def summary(sites: dict[str, Site]) -> str:
-    """The last parts of the names, for an error's text."""
-    return ", ".join(sorted({name.rpartition(".")[2] for name in sites})) or "none"
+def unknown_module(name: str, known: Iterable[str]) -> ValueError:
+    """The error for an adapter that changes what is no site."""
+    ends = sorted({other.rpartition(".")[2] for other in known if other})
+    return ValueError(
+        f"The adapter changes {name}, which is no linear layer or embedding of the "
+        f"model that gets every token; it has {', '.join(ends) or 'none'}."
+    )

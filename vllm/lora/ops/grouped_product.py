@@ -4,8 +4,8 @@
 
 A LoRA adds `B(A x)`. Both products are `torch.ops.vllm.lora_grouped_product`, the first
 one (`shrink=True`) from the width of the layer to the rank, the second one back. Both
-factors are stored with the rank first, A as `[rank, in]` and B as `[rank, out]`, so that
-an adapter of a smaller rank is a prefix of its slot.
+factors are stored with the rank first, A as `[rank, in]` and B as `[rank, out]`, so
+that an adapter of a smaller rank is a prefix of its slot.
 
 The rows of one adapter are multiplied together and apart from all others. Their result
 thus has the same bits whichever other adapters are in the batch, and in a trainer and
@@ -89,7 +89,7 @@ def lora_factor_gradients(
     factors: list[torch.Tensor],
     ranks: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Gradients of all `factors`: for each slot, the sum over its rows of outer products.
+    """Gradients of all `factors`: for each slot, a sum over its rows.
 
     Args:
         narrow: `[tokens, most ranks]`, what shrinking gave or its gradient.

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ from .messages import describe
 from .precision import round_constants
 
 if TYPE_CHECKING:
+    from vllm.lora.hooked_manager import HookedLoRAManager
+
     from .registration import _CallableRegisteredModel
 
 logger = init_logger(__name__)
@@ -72,6 +74,15 @@ class CallableModelWrapper(nn.Module):
     """
 
     _registration: ClassVar[_CallableRegisteredModel]
+
+    # vLLM's interface for LoRA. Hooks find their layers, so nothing is declared.
+    supports_lora: ClassVar[Literal[True]] = True
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
+    embedding_modules: ClassVar[dict[str, str]] = {}
+    lora_skip_prefixes: ClassVar[list[str]] = []
+    is_3d_moe_weight: ClassVar[bool] = False
+    is_non_gated_moe: ClassVar[bool] = False
+    lora_manager: HookedLoRAManager | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -119,6 +130,13 @@ class CallableModelWrapper(nn.Module):
             if "module" not in self.__dict__:
                 raise
             return getattr(self.module, name)
+
+    @property
+    def lora_manager_cls(self) -> type[HookedLoRAManager]:
+        """What the model runner makes of this model's adapters, if they are enabled."""
+        from vllm.lora.hooked_manager import HookedLoRAManager
+
+        return HookedLoRAManager
 
     def train(self, mode: bool = True) -> CallableModelWrapper:
         self.module.train(mode)
@@ -219,7 +237,12 @@ class CallableModelWrapper(nn.Module):
         vLLM's LogitsProcessor returns none.
         """
         self._weights.require_whole()
-        logits = self._logits(hidden_states)
+        adapters = self.lora_manager
+        if adapters is None:
+            logits = self._logits(hidden_states)
+        else:
+            with adapters.rows_of_logits(hidden_states):
+                logits = self._logits(hidden_states)
         if logits is not None and not self._logits_seen:
             self._logits_seen = True
             check_logits(self._arch, logits)
