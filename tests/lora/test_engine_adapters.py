@@ -17,7 +17,7 @@ from layout_models import (
     build_planned,
 )
 from safetensors.torch import load_file, save_file
-from tiny_model import VOCAB, TinyModel
+from tiny_model import TinyModel
 
 from vllm import ModelRegistry
 from vllm.exceptions import LoRAAdapterNotFoundError
@@ -128,7 +128,6 @@ def test_adapters_of_a_plain_module(start, model_dir, tmp_path):
     with pytest.raises(ValueError, match="has use_dora=True, which is not taken"):
         engine.add_lora(LoRARequest("dora", 22, str(tmp_path / "c")))
     assert engine.list_loras() & {20, 21, 22} == set()
-    assert VOCAB > max(map(max, PROMPTS))
 
 
 KINDS = {

@@ -28,7 +28,7 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 from .adapter import Adapter
 from .site_hooks import BatchRows, SiteHook, Slots
-from .sites import find_sites, unknown_module
+from .sites import Site, unknown_module
 
 
 class HookedLoRAManager:
@@ -75,7 +75,7 @@ class HookedLoRAManager:
             ValueError: there are none.
 
         """
-        sites = find_sites(model.module, self._context)
+        sites = model.adapter_sites
         ends = self.config.target_modules
         if ends is not None:
             sites = {
@@ -83,7 +83,7 @@ class HookedLoRAManager:
                 for name, site in sites.items()
                 if any(name == end or name.endswith(f".{end}") for end in ends)
             }
-        self._sites = sites
+        self._sites: dict[str, Site] = sites
         self._all_names = set(sites)
         if self._context.pipeline_parallel_size > 1:
             texts = all_gather_text("\n".join(sites), get_pp_group().cpu_group)

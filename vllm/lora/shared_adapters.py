@@ -8,8 +8,8 @@
     llm.generate(prompts, lora_request=request)
 
 They are PEFT's files in the system's shared memory, so `LoRARequest` and
-`/v1/load_lora_adapter` take their paths as any others. Each `put` has a path of its own:
-no prefix that was cached for an earlier version is found for it.
+`/v1/load_lora_adapter` take their paths as any others. Each `put` has a path of its
+own, so that no prefix that was cached for an earlier version is found for it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import vllm.lora.ops.grouped_product  # noqa: F401 - registers the operator
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.distributed.communication_op import tensor_model_parallel_copy
 
 from .sites import Site
@@ -145,7 +148,7 @@ class SiteHook:
                 x, rows, slots.a, slots.ranks, True
             )
         if divided:
-            narrow = tensor_model_parallel_all_reduce(narrow)
+            narrow = tensor_model_parallel_all_reduce(narrow.contiguous())
         scales = slots.scales[rows.clamp(min=0)].to(dtype)
         return narrow.to(dtype) * scales.unsqueeze(1)
 
@@ -172,12 +175,16 @@ class SiteHook:
     def _expand(
         self, narrow: torch.Tensor, rows: torch.Tensor, width: int
     ) -> torch.Tensor:
+        """B of `narrow`, of this rank's outputs or, if the layer gathers, of all."""
         slots, site = self.slots, self.site
-        if width == site.local_outputs < site.outputs:
+        if site.local_outputs < site.outputs:
             narrow = tensor_model_parallel_copy(narrow)
-        return torch.ops.vllm.lora_grouped_product(
+        delta = torch.ops.vllm.lora_grouped_product(
             narrow, rows, slots.b, slots.ranks, False
         )
+        if width > site.local_outputs:
+            delta = tensor_model_parallel_all_gather(delta)[:, :width]
+        return delta
 
 
 class _HeadMethod:

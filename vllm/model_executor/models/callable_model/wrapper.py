@@ -48,6 +48,7 @@ from .precision import round_constants
 
 if TYPE_CHECKING:
     from vllm.lora.hooked_manager import HookedLoRAManager
+    from vllm.lora.sites import Site
 
     from .registration import _CallableRegisteredModel
 
@@ -83,6 +84,7 @@ class CallableModelWrapper(nn.Module):
     is_3d_moe_weight: ClassVar[bool] = False
     is_non_gated_moe: ClassVar[bool] = False
     lora_manager: HookedLoRAManager | None = None
+    adapter_sites: dict[str, Site] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -103,6 +105,11 @@ class CallableModelWrapper(nn.Module):
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
         self._weights = weights_of(module, self._context)
+        if vllm_config.lora_config is not None:
+            # Before vLLM's layers pack their weights, whose shapes then say nothing.
+            from vllm.lora.sites import find_sites
+
+            self.adapter_sites = find_sites(module, self._context)
         self._problem: str | None = None
         self._forward_keywords = forward_keywords(arch, module)
         self._stage_input = None
