@@ -30,6 +30,16 @@ def add(trainer: AdapterTrainer, name: str, config: AdapterConfig, seed: int) ->
             factor.normal_(std=0.1, generator=generator)
 
 
+def sequences(name: str | None, *lengths: int, seed: int = 0) -> list[TrainingSequence]:
+    """Random ones, of a vocabulary of 128."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        tokens = torch.randint(128, (length + 1,), generator=generator)
+        made.append(TrainingSequence(name, tokens[:-1], tokens[1:]))
+    return made
+
+
 def difference(
     llm: LLM,
     trainer: AdapterTrainer,

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from tiny_model import VOCAB, TinyModel, trained_model
+from lora_adapters import sequences
+from tiny_model import TinyModel, trained_model
 
 from vllm.lora.adapter import Adapter
 from vllm.lora.adapter_config import AdapterConfig
@@ -21,15 +22,6 @@ def base() -> TinyModel:
         for parameter in model.parameters():
             parameter.mul_(0.2)
     return model
-
-
-def sequences(name: str | None, *lengths: int, seed: int = 0) -> list[TrainingSequence]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for length in lengths:
-        tokens = torch.randint(VOCAB, (length + 1,), generator=generator)
-        made.append(TrainingSequence(name, tokens[:-1], tokens[1:]))
-    return made
 
 
 def cross_entropy(indices: list[int], log_probs: list[torch.Tensor]) -> torch.Tensor:
