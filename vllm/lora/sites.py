@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.models.callable_model.logits import OUTPUT_HEADS
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.layout import Layout, layout_of
-from vllm.model_executor.parameters.names import without_wrappers
+from vllm.model_executor.parameters.names import full_names, without_wrappers
 
 from .adapter_config import AdapterConfig
 
@@ -86,6 +86,7 @@ class Site:
 def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
     """All sites of this rank's part of `module`, by name; experts are none."""
     sites = {}
+    full_name = full_names(module)
     for name, part in module.named_modules():
         weight = getattr(part, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
@@ -96,7 +97,8 @@ def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
         )
         if not (is_embedding or is_linear) or EXPERTS & set(name.split(".")):
             continue
-        name = without_wrappers(name)
+        name = full_name(f"{without_wrappers(name)}.weight", None)
+        name = name.removesuffix(".weight")
         is_head = name in OUTPUT_HEADS
         if type(part).__name__ == "ParallelLMHead":  # an embedding in vLLM's classes
             is_embedding, is_head = False, True
