@@ -54,9 +54,7 @@ def test_runtime_loading(model_dir_with_tokenizer, tmp_path_factory):
     env = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     url, log = f"http://127.0.0.1:{port}", folder / "log.txt"
     with open(log, "w") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment
-        )
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=env)
 
     def answer(model: str) -> str:
         body = {"model": model, "prompt": words(PROMPT), "max_tokens": 6}

@@ -73,8 +73,7 @@ class Adapter:
             else:
                 bound = site.inputs**-0.5  # of kaiming_uniform_(a, a=5**0.5)
                 a.uniform_(-bound, bound, generator=generator)
-            device = site.module.weight.device  # type: ignore[union-attr]
-            factors[site.name] = (a.to(device), b.to(device))
+            factors[site.name] = (a, b)
         embeddings = [n for n in factors if sites[n].is_embedding]
         return cls(config, factors, embeddings)
 
@@ -161,7 +160,10 @@ class Adapter:
             ValueError: something in them is not taken, or a factor has no partner.
 
         """
-        a, b, embeddings, other = {}, {}, set(), []
+        a: dict[str, torch.Tensor] = {}
+        b: dict[str, torch.Tensor] = {}
+        embeddings: set[str] = set()
+        other: list[str] = []
         for key, tensor in tensors.items():
             for names, found in ((A_NAMES, a), (B_NAMES, b)):
                 end = next((end for end in names if key.endswith(end)), None)

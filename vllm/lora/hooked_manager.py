@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
@@ -28,7 +28,10 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 from .adapter import Adapter
 from .site_hooks import BatchRows, SiteHook, Slots
-from .sites import Site, unknown_module
+from .sites import unknown_module
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.callable_model.wrapper import CallableModelWrapper
 
 
 class HookedLoRAManager:
@@ -67,15 +70,15 @@ class HookedLoRAManager:
         return torch.full((rows,), -1, dtype=torch.int32, device=self.device)
 
     def create_lora_manager(
-        self, model: nn.Module, vllm_config: VllmConfig
-    ) -> nn.Module:
+        self, model: CallableModelWrapper, vllm_config: VllmConfig
+    ) -> CallableModelWrapper:
         """Hook the layers that adapters may change; returns the same model.
 
         Raises:
             ValueError: there are none.
 
         """
-        sites = model.adapter_sites
+        sites = model.adapter_sites or {}
         ends = self.config.target_modules
         if ends is not None:
             sites = {
@@ -83,7 +86,7 @@ class HookedLoRAManager:
                 for name, site in sites.items()
                 if any(name == end or name.endswith(f".{end}") for end in ends)
             }
-        self._sites: dict[str, Site] = sites
+        self._sites = sites
         self._all_names = set(sites)
         if self._context.pipeline_parallel_size > 1:
             texts = all_gather_text("\n".join(sites), get_pp_group().cpu_group)
@@ -98,7 +101,7 @@ class HookedLoRAManager:
             hook.slots = self._empty_slots(hook)
             hook.attach()
         self._rows.slots = self._token_slots
-        model.lora_manager = self  # type: ignore[assignment]
+        model.lora_manager = self
         return model
 
     def _empty_slots(self, hook: SiteHook) -> Slots:

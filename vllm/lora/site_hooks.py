@@ -79,14 +79,15 @@ class SiteHook:
         quant_method = getattr(module, "quant_method", None)
         if self.site.is_head and type(module).__name__ == "ParallelLMHead":
             # vLLM's LogitsProcessor does not call the head, but its method.
-            module.quant_method = _HeadMethod(quant_method, self)  # type: ignore
+            method = _HeadMethod(quant_method, self)
+            module.quant_method = method  # type: ignore[assignment]
             return
         self._handle = module.register_forward_hook(self._after_forward)
 
     def detach(self) -> None:
         method = getattr(self.site.module, "quant_method", None)
         if isinstance(method, _HeadMethod):
-            self.site.module.quant_method = method.method  # type: ignore
+            self.site.module.quant_method = method.method
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
