@@ -150,6 +150,7 @@ KINDS = {
         pytest.param("vllm layers", {}, marks=pytest.mark.slow),
         pytest.param("megatron", {}, marks=pytest.mark.slow),
         pytest.param("plan", {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param("megatron", {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
         pytest.param(
             "vllm layers", {"pipeline_parallel_size": 2}, marks=pytest.mark.slow
         ),
