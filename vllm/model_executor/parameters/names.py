@@ -120,7 +120,7 @@ class ModuleNames:
         self.entries: dict[str, Entry] = {}
         self.extra_states: dict[str, weakref.ref[nn.Module]] = {}
         self.skips_extra_states = False
-        full_name = _full_names(module)
+        full_name = full_names(module)
         state = module.state_dict(keep_vars=True)
         self.hooked = list(find_hooked(module, state, full_name, context))
 
@@ -250,10 +250,10 @@ def without_wrappers(name: str) -> str:
 # ---- Names in the whole model --------------------------------------------------------
 
 
-def _full_names(
+def full_names(
     module: nn.Module,
 ) -> Callable[[str, torch.Tensor | None], str]:
-    """What turns a name in `module` into that in the whole model.
+    """What turns the name of a tensor in `module` into that in the whole model.
 
     Only megatron-core's modules have others. It numbers from 0 the layers of a
     pipeline stage, though each knows its place, and the experts of a rank; and the

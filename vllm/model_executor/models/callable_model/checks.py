@@ -96,9 +96,9 @@ def check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> No
     for name in capabilities:
         if name in ADAPTER_CAPABILITIES:
             raise TypeError(
-                f"{architecture}: {name!r} declares adapters, which are not served "
-                "with registered callables yet. Leave it out, and merge the adapter "
-                "into the weights."
+                f"{architecture}: {name!r} declares adapters, which every registered "
+                "callable can have: its linear layers and embeddings are found. Leave "
+                "it out."
             )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)

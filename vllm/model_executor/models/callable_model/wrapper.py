@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -47,6 +47,9 @@ from .messages import describe
 from .precision import round_constants
 
 if TYPE_CHECKING:
+    from vllm.lora.hooked_manager import HookedLoRAManager
+    from vllm.lora.sites import Site
+
     from .registration import _CallableRegisteredModel
 
 logger = init_logger(__name__)
@@ -73,6 +76,16 @@ class CallableModelWrapper(nn.Module):
 
     _registration: ClassVar[_CallableRegisteredModel]
 
+    # vLLM's interface for LoRA. Hooks find their layers, so nothing is declared.
+    supports_lora: ClassVar[Literal[True]] = True
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
+    embedding_modules: ClassVar[dict[str, str]] = {}
+    lora_skip_prefixes: ClassVar[list[str]] = []
+    is_3d_moe_weight: ClassVar[bool] = False
+    is_non_gated_moe: ClassVar[bool] = False
+    lora_manager: HookedLoRAManager | None = None
+    adapter_sites: dict[str, Site] | None = None
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
@@ -92,6 +105,11 @@ class CallableModelWrapper(nn.Module):
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
         self._weights = weights_of(module, self._context)
+        if vllm_config.lora_config is not None:
+            # Before vLLM's layers pack their weights, whose shapes then say nothing.
+            from vllm.lora.sites import find_sites
+
+            self.adapter_sites = find_sites(module, self._context)
         self._problem: str | None = None
         self._forward_keywords = forward_keywords(arch, module)
         self._stage_input = None
@@ -119,6 +137,13 @@ class CallableModelWrapper(nn.Module):
             if "module" not in self.__dict__:
                 raise
             return getattr(self.module, name)
+
+    @property
+    def lora_manager_cls(self) -> type[HookedLoRAManager]:
+        """What the model runner makes of this model's adapters, if they are enabled."""
+        from vllm.lora.hooked_manager import HookedLoRAManager
+
+        return HookedLoRAManager
 
     def train(self, mode: bool = True) -> CallableModelWrapper:
         self.module.train(mode)
@@ -219,7 +244,12 @@ class CallableModelWrapper(nn.Module):
         vLLM's LogitsProcessor returns none.
         """
         self._weights.require_whole()
-        logits = self._logits(hidden_states)
+        adapters = self.lora_manager
+        if adapters is None:
+            logits = self._logits(hidden_states)
+        else:
+            with adapters.rows_of_logits(hidden_states):
+                logits = self._logits(hidden_states)
         if logits is not None and not self._logits_seen:
             self._logits_seen = True
             check_logits(self._arch, logits)

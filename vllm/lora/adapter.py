@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""One adapter: its factors, and its files in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .adapter_config import AdapterConfig
+from .sites import Site, targets_of, unknown_module
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+# PEFT's names of the factors, and whether they are of an embedding.
+A_NAMES = {".lora_A.weight": False, ".lora_embedding_A": True}
+B_NAMES = {".lora_B.weight": False, ".lora_embedding_B": True}
+
+
+class Adapter:
+    """The factors of one adapter, by the name of the module that each pair changes.
+
+    Args:
+        config: ranks, scales and targets.
+        factors: A `[rank, inputs]` and B `[rank, outputs]` of each module; B is the
+            transpose of PEFT's.
+        embeddings: which of the modules are embeddings, whose tensors have other names
+            in PEFT's files.
+
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        embeddings: Iterable[str] = (),
+    ) -> None:
+        self.config = config
+        self.factors = factors
+        self.embeddings = frozenset(embeddings)
+
+    @classmethod
+    def start(
+        cls,
+        config: AdapterConfig,
+        sites: dict[str, Site],
+        seed: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Adapter:
+        """A new adapter that changes nothing yet, with initial values as PEFT's.
+
+        B is zero and A is uniform; of an embedding, A is zero and B is normal. The same
+        seed gives the same values on every device and in every layout.
+        """
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        factors = {}
+        for site in targets_of(config, sites):
+            rank = config.rank_of(site.name)
+            a = torch.zeros(rank, site.inputs, dtype=dtype)
+            b = torch.zeros(rank, site.outputs, dtype=dtype)
+            if site.is_embedding:
+                b.normal_(generator=generator)
+            else:
+                bound = site.inputs**-0.5  # of kaiming_uniform_(a, a=5**0.5)
+                a.uniform_(-bound, bound, generator=generator)
+            factors[site.name] = (a, b)
+        embeddings = [n for n in factors if sites[n].is_embedding]
+        return cls(config, factors, embeddings)
+
+    @classmethod
+    def zeros(cls, sites: dict[str, Site], rank: int) -> Adapter:
+        """An adapter that changes nothing, of all `sites`."""
+        factors = {
+            name: (torch.zeros(rank, site.inputs), torch.zeros(rank, site.outputs))
+            for name, site in sites.items()
+        }
+        return cls(AdapterConfig(rank), factors)
+
+    def restricted_to(self, sites: dict[str, Site]) -> Adapter:
+        """What a pipeline stage with these `sites` has of it."""
+        factors = {name: f for name, f in self.factors.items() if name in sites}
+        return Adapter(self.config, factors, self.embeddings & factors.keys())
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [factor for pair in self.factors.values() for factor in pair]
+
+    def check_fits(self, sites: dict[str, Site]) -> None:
+        """Check the factors against the modules of a whole model.
+
+        Raises:
+            ValueError: a module is missing, or a shape does not fit it.
+
+        """
+        for name, (a, b) in self.factors.items():
+            site = sites.get(name)
+            if site is None:
+                raise unknown_module(name, sites)
+            rank = self.config.rank_of(name)
+            expected = [(rank, site.inputs), (rank, site.outputs)]
+            if [tuple(a.shape), tuple(b.shape)] != expected:
+                raise ValueError(
+                    f"The adapter's factors for {name} have shapes {list(a.shape)} "
+                    f"and {list(b.shape[::-1])}; expected {list(expected[0])} and "
+                    f"{list(expected[1][::-1])}, for rank {rank}."
+                )
+
+    # ---- PEFT's format ---------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors of PEFT's file, by PEFT's names."""
+        tensors = {}
+        for name, (a, b) in self.factors.items():
+            index = int(name in self.embeddings)
+            a_name, b_name = list(A_NAMES)[index], list(B_NAMES)[index]
+            tensors[f"{PREFIX}{name}{a_name}"] = a.detach().clone()
+            tensors[f"{PREFIX}{name}{b_name}"] = b.detach().t().contiguous()
+        return tensors
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write PEFT's two files; a reader never sees a half-written one."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.cpu() for name, t in self.state_dict().items()}
+        save_file(tensors, path / f".{WEIGHTS}", metadata={"format": "pt"})
+        config = json.dumps(self.config.to_peft(self.factors), indent=2)
+        (path / f".{CONFIG}").write_text(config)
+        for name in (WEIGHTS, CONFIG):
+            (path / f".{name}").replace(path / name)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Adapter:
+        """Read PEFT's two files.
+
+        Raises:
+            FileNotFoundError: one of them is not there.
+            ValueError: they hold something that is not taken.
+
+        """
+        path = Path(folder)
+        config = json.loads((path / CONFIG).read_text())
+        return cls.from_peft(config, load_file(path / WEIGHTS))
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, object], tensors: Mapping[str, torch.Tensor]
+    ) -> Adapter:
+        """Of what PEFT's two files hold.
+
+        Raises:
+            ValueError: something in them is not taken, or a factor has no partner.
+
+        """
+        a: dict[str, torch.Tensor] = {}
+        b: dict[str, torch.Tensor] = {}
+        embeddings: set[str] = set()
+        other: list[str] = []
+        for key, tensor in tensors.items():
+            for names, found in ((A_NAMES, a), (B_NAMES, b)):
+                end = next((end for end in names if key.endswith(end)), None)
+                if end is not None:
+                    name = key.removeprefix(PREFIX).removesuffix(end)
+                    found[name] = tensor
+                    if names[end]:
+                        embeddings.add(name)
+                    break
+            else:
+                other.append(key)
+        other += sorted(a.keys() ^ b.keys())
+        if other:
+            raise ValueError(
+                f"The adapter's file has {', '.join(other[:4])}, which is not taken; "
+                "expected pairs of lora_A and lora_B."
+            )
+        factors = {name: (a[name], b[name].t().contiguous()) for name in a}
+        return cls(AdapterConfig.from_peft(config), factors, embeddings)
