@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from vllm import RequestOutput
 from vllm.outputs import CompletionOutput
 
-INITIAL_VERSION = 0  # the weights that an engine has loaded, before any update
 NOT_SAMPLED = -1
 
 
@@ -50,9 +49,7 @@ class Sample:
     prompt_logprobs: list[float] | None = None
 
 
-def samples_of(
-    output: RequestOutput, prompt_index: int, version: int = INITIAL_VERSION
-) -> list[Sample]:
+def samples_of(output: RequestOutput, prompt_index: int, version: int) -> list[Sample]:
     """The answers of one request.
 
     Args:
@@ -161,9 +158,11 @@ def _versions(completion: CompletionOutput, version: int) -> list[int]:
     spans = getattr(completion, "weight_versions", None)
     if spans is None:
         return [version] * len(completion.token_ids)
-    return [version_of(s.version) for s in spans for _ in range(s.start, s.end)]
+    return [int(s.version) for s in spans for _ in range(s.start, s.end)]
 
 
-def version_of(label: str) -> int:
-    """The update that an engine's label names; "default" is the loaded weights."""
-    return INITIAL_VERSION if label == "default" else int(label)
+def number_versions(output: RequestOutput, number: Callable[[str], int]) -> None:
+    """Replace an engine's labels of its weights by numbers of updates."""
+    for completion in output.outputs:
+        for span in getattr(completion, "weight_versions", None) or ():
+            span.version = str(number(span.version))

@@ -55,8 +55,8 @@ class RolloutConfig:
     dtype: str = "auto"
     """Of the engine's weights, as in vLLM."""
     seed: int | None = 0
-    """Each request gets a seed of its own from this one, the iteration, and its prompt's
-    index. None leaves sampling to the engine's generator, which is faster."""
+    """Each request has a seed of its own, made of this one, the iteration, and the
+    prompt's index. None leaves sampling to the engine's generator, which is faster."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """What included files say of the model's structure; for `model_provider`."""
 
@@ -85,6 +85,8 @@ class RolloutConfig:
     """Sample on after an end-of-sequence token."""
     stop_token_list: str = ""
     """Strings that end an answer, separated by semicolons."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Tokens that end an answer, beside the end of sequence."""
     seq_length: int | None = Field(default=None, ge=2)
     """Tokens of a prompt and its answer together; the model's own limit if None."""
     max_new_tokens: int = Field(default=256, ge=1)
@@ -128,6 +130,12 @@ class RolloutConfig:
     """Stages that share the layers."""
     data_parallel_size: int = Field(default=1, ge=1)
     """Copies of the engine, among which vLLM divides the requests."""
+    asynchronous: bool = False
+    """Make an `AsyncLLM`: for episodes, and to answer while the trainer trains."""
+    engine_urls: list[str] = Field(default_factory=list)
+    """Servers to use in place of an engine in this program."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds for a request to a server, and for a step of an update."""
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs."""
     offload_level: Literal[0, 1, 2] = 1
@@ -168,7 +176,12 @@ class RolloutConfig:
         return cls(**values)
 
     def sampling_params(
-        self, prompt_length: int, seq_length: int, *, is_eval: bool = False
+        self,
+        prompt_length: int,
+        seq_length: int,
+        *,
+        is_eval: bool = False,
+        tokenizer: Any | None = None,
     ) -> SamplingParams:
         """How to sample the answers of a prompt.
 
@@ -176,9 +189,14 @@ class RolloutConfig:
             prompt_length: Its tokens.
             seq_length: The most tokens of a prompt and its answer.
             is_eval: Whether the `eval_` twins count.
+            tokenizer: For `stop_token_list`.
+
+        Raises:
+            ValueError: there are strings to stop at, and no tokenizer.
 
         """
         left = seq_length - prompt_length
+        stop, stop_token_ids = self._stops(tokenizer)
         return SamplingParams(
             n=(self.eval_n or 1) if is_eval else self.n,
             temperature=self._twin("temperature", is_eval),
@@ -186,13 +204,29 @@ class RolloutConfig:
             top_k=max(self._twin("top_k", is_eval), 0),
             min_p=self._twin("min_p", is_eval),
             ignore_eos=self.ignore_eos,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            detokenize=tokenizer is not None,
             max_tokens=min(left, self.max_new_tokens) if self.new_token_limit else left,
             logprobs=0,
             prompt_logprobs=None if self.prompt_logprobs is None else 0,
         )
 
-    def stop_strings(self) -> list[str]:
-        return [text for text in self.stop_token_list.split(";") if text]
+    def _stops(self, tokenizer: Any | None) -> tuple[list[str], list[int]]:
+        """Strings and tokens to stop at; a string that is a token, as that token."""
+        strings, token_ids = [], list(self.stop_token_ids)
+        for text in filter(None, self.stop_token_list.split(";")):
+            if tokenizer is None:
+                raise ValueError(
+                    f"stop_token_list has {text!r}, and the engine has no tokenizer. "
+                    "Use stop_token_ids."
+                )
+            token = tokenizer.get_vocab().get(text)
+            if token is None:
+                strings.append(text)
+            else:
+                token_ids.append(token)
+        return strings, token_ids
 
     def _twin(self, name: str, is_eval: bool) -> Any:
         value = getattr(self, f"eval_{name}") if is_eval else None

@@ -4,26 +4,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vllm import LLM, ModelRegistry, RequestOutput
+from vllm import LLM, RequestOutput
 from vllm.config import VllmConfig
-from vllm.distributed.weight_sync import WeightSync
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.platforms import current_platform
-from vllm_generic.rollout.batch import INITIAL_VERSION, Sample, collate, samples_of
+from vllm_generic.rollout.batch import Sample, collate, samples_of
 from vllm_generic.rollout.config import RolloutConfig
 from vllm_generic.rollout.engines import Engine, LocalEngine, Request
+from vllm_generic.rollout.episodes import Episode, Play, play_all
+from vllm_generic.rollout.pool import EnginePool
 from vllm_generic.rollout.prompts import PromptDataset, Prompts
+from vllm_generic.rollout.ranks import is_first_rank, on_first_rank
+from vllm_generic.rollout.requests import (
+    AnswerLengths,
+    make_requests,
+    one_answer_each,
+    set_seeds,
+)
+from vllm_generic.rollout.start import Factory, register, start_engine
+from vllm_generic.rollout.updates import Updates
 
-Factory = Callable[[VllmConfig, ParallelContext], nn.Module]
 GIVEN_UP = {
     "seq_group_metadata_list": "vLLM schedules by itself",
     "blocks_to_swap_in": "vLLM computes preempted requests anew",
@@ -44,6 +51,8 @@ class VLLMModule:
 
     A subclass may override any of the methods that ChatLearn's users know:
     `model_provider`, `build_dataset`, `_add_request`, `decode_internal` and the steps.
+    A trainer of several ranks makes one on each, and all call the same methods. The
+    first rank has the engine.
 
     Args:
         config: How to make and sample the engine: a `RolloutConfig`, its keys, or the
@@ -51,8 +60,10 @@ class VLLMModule:
         model_provider: Builds the module, once for each worker, as
             `model_provider(vllm_config, parallel_context)`, or `"module:name"` of it.
             None if a subclass has the method, or vLLM knows the architecture.
-        engine: An engine to use in place of one that `setup` makes.
+        engine: An `LLM` to use in place of one that `setup` makes.
         name: The section of an rlhf.yaml.
+        weight_version: The number of the weights that the engine has loaded; that of
+            the last update, if a trainer goes on from a checkpoint.
 
     """
 
@@ -63,6 +74,7 @@ class VLLMModule:
         *,
         engine: LLM | None = None,
         name: str = "policy",
+        weight_version: int = 0,
     ) -> None:
         if isinstance(config, (str, Path)):
             config = RolloutConfig.from_yaml(config, name)
@@ -71,30 +83,33 @@ class VLLMModule:
         self.name = name
         self.config = config
         self.model_args = config.model_args
-        self.weight_version = INITIAL_VERSION
+        self._updates = Updates(weight_version, config.timeout)
         self._factory = model_provider
         self._given_engine = engine
         self._engine: Engine | None = None
-        self._sync: WeightSync | None = None
-        self._synced: nn.Module | None = None
         self._asleep: set[str] = set()
+        self._batches = 0
+        self._lengths = AnswerLengths()
 
     def __getstate__(self) -> dict[str, Any]:
         """What `model_provider` needs in a worker: not the engine."""
-        left_out = ("_given_engine", "_engine", "_sync", "_synced")
+        left_out = ("_given_engine", "_engine", "_updates", "_tokenizer")
         return {k: None if k in left_out else v for k, v in vars(self).items()}
 
     # ---- What a subclass may override
 
     def setup(self) -> None:
         """Make the engine."""
-        if self._engine is not None:
-            return
-        llm = self._given_engine
-        if llm is None:
-            self._register()
-            llm = LLM(**self.engine_args())
-        self._engine = LocalEngine(llm)
+
+        def start() -> tuple[int, Any | None]:
+            if self._engine is None and self._given_engine is not None:
+                self._engine = LocalEngine(self._given_engine)
+            elif self._engine is None:
+                self._register()
+                self._engine = start_engine(self.config)
+            return self._engine.seq_length(), self._engine.tokenizer()
+
+        self._seq_length, self._tokenizer = on_first_rank(start)
 
     def model_provider(
         self, vllm_config: VllmConfig, parallel_context: ParallelContext
@@ -119,7 +134,7 @@ class VLLMModule:
         answer = self.config.max_new_tokens if self.config.new_token_limit else 1
         return PromptDataset(
             train_prompts,
-            self.seq_length - min(answer, self.seq_length - 1),
+            max(self.seq_length - answer, 1),
             self.tokenizer,
             prompt_key=self.config.vllm_prompt_key,
             input_ids_key=self.config.vllm_input_ids_key,
@@ -139,6 +154,7 @@ class VLLMModule:
 
         Raises:
             ValueError: a prompt is empty or too long; its index is named.
+            RuntimeError: a request fails, or no engine is left.
 
         """
         return self._forward_step(data, iteration, is_eval=False)
@@ -173,33 +189,100 @@ class VLLMModule:
     def generate(
         self, data: dict[str, Any], iteration: int = 0, is_eval: bool = False
     ) -> list[RequestOutput]:
-        """vLLM's own outputs for a batch of prompts, in their order."""
-        for key in data.keys() & GIVEN_UP.keys():
-            raise ValueError(f"There is no {key} in a batch: {GIVEN_UP[key]}.")
-        requests = self._add_request(data, is_eval=is_eval)
-        for request in requests:
-            if self.config.seed is not None:
-                request.params.seed = self._seed(iteration, request, is_eval)
-        self.onload()
-        return self.engine.generate(requests)
+        """vLLM's own outputs for a batch of prompts, in their order.
+
+        Only the first rank of a trainer can call it.
+        """
+        requests = self._requests(data, iteration, is_eval)
+        return self._note(data, self.engine.generate(requests))
+
+    def begin_step(
+        self, data: dict[str, Any], iteration: int = 0
+    ) -> Future[dict[str, Any]]:
+        """Begin `forward_step`, and return at once; see `answered_ahead`."""
+        pool = self._pool("Answering ahead of the trainer")
+        requests = self._requests(data, iteration)
+
+        async def step() -> dict[str, Any]:
+            outputs = await pool.answer_all(requests)
+            return self.decode_internal(self._note(data, outputs))
+
+        return pool.submit(step())
+
+    def run_episodes(
+        self,
+        play: Play,
+        data: dict[str, Any],
+        iteration: int = 0,
+        is_eval: bool = False,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Rollouts of many turns: `n` for each prompt, all at a time.
+
+        Args:
+            play: A coroutine that calls the engine by `episode.sample`.
+            data: As for `forward_step`.
+            iteration: With the seed, it decides what is sampled.
+            is_eval: Whether the `eval_` keys count.
+            timeout: Seconds for all of them; None for any time.
+
+        Returns:
+            See `collate`; and under `results` what each `play` has returned.
+
+        Raises:
+            RuntimeError: a `play` raises; its prompt is named, the others are ended.
+            TimeoutError: some have not ended in time; their prompts are named.
+
+        """
+
+        def run() -> dict[str, Any]:
+            pool = self._pool("An episode")
+
+            async def ask(request: Request) -> RequestOutput:
+                return self._updates.number(await pool.answer(request))
+
+            episodes = [
+                Episode(
+                    {
+                        name: column[request.prompt_index]
+                        for name, column in data.items()
+                    },
+                    request,
+                    self.seq_length,
+                    ask,
+                    self.tokenizer,
+                    lambda: self.weight_version,
+                )
+                for request in one_answer_each(self._requests(data, iteration, is_eval))
+            ]
+            results = pool.call(play_all(play, episodes, timeout))
+            batch = self.decode_internal([each.sample_so_far for each in episodes])
+            return batch | {"results": results}
+
+        return on_first_rank(run)
 
     def offload(self) -> None:
-        """Give the engine's memory to the trainer, until `onload` or the next use."""
-        if not self._asleep and self.config.offload_level:
-            self.engine.sleep(self.config.offload_level)
+        """Give the engine's memory to the trainer, until `onload` or the next use.
+
+        On a CPU there is none to give.
+        """
+        level = self.config.offload_level
+        if level and not self._asleep:
+            on_first_rank(lambda: self.engine.sleep(level))
             self._asleep = {"weights", "kv_cache"}
 
     def onload(self, tags: Sequence[str] | None = None) -> None:
         """Take memory for `tags` ("weights", "kv_cache") again, or for all."""
-        tags = [tag for tag in tags or sorted(self._asleep) if tag in self._asleep]
-        if tags:
-            self.engine.wake_up(tags)
-            self._asleep -= set(tags)
+        asked = sorted(self._asleep) if tags is None else tags
+        asleep = [tag for tag in asked if tag in self._asleep]
+        if asleep:
+            on_first_rank(lambda: self.engine.wake_up(asleep))
+            self._asleep -= set(asleep)
 
     def parameter_sync(
         self, model: nn.Module, parallel_context: ParallelContext | None = None
     ) -> int:
-        """Bring a trainer's weights into the engine; every rank of the trainer calls it.
+        """Bring a trainer's weights into the engines; every rank of it calls this.
 
         Args:
             model: What trains.
@@ -208,23 +291,16 @@ class VLLMModule:
         Returns:
             The number of the update, which `weight_versions` has from now on.
 
+        Raises:
+            RuntimeError: it failed; the old weights serve on.
+
         """
-        if self._sync is None or self._synced is not model:
-            if self._sync is not None:
-                self._sync.close()
-            self._sync = WeightSync(
-                model, self.engine.handles, parallel_context=parallel_context
-            )
-            self._synced = model
         self.onload(["weights"])
-        self.weight_version = self._sync.update()
-        return self.weight_version
+        return self._updates.update(model, parallel_context, self._engine)
 
     def close(self) -> None:
         """End the engine that `setup` has made, and what is shared with the trainer."""
-        if self._sync is not None:
-            self._sync.close()
-            self._sync = self._synced = None
+        self._updates.close()
         if self._engine is not None and self._given_engine is None:
             self._engine.close()
         self._engine = None
@@ -232,27 +308,32 @@ class VLLMModule:
     # ---- What is known of the engine
 
     @property
+    def weight_version(self) -> int:
+        """The number of the last update; 0 before it, unless the caller has said."""
+        return self._updates.version
+
+    @property
     def engine(self) -> Engine:
         """The engine behind this module.
 
         Raises:
-            RuntimeError: `setup` was not called.
+            RuntimeError: `setup` was not called, or this is not the first rank.
 
         """
         if self._engine is None:
-            raise RuntimeError("There is no engine yet. Call setup() first.")
+            why = "Call setup() first." if is_first_rank() else "The first rank has it."
+            raise RuntimeError(f"There is no engine here. {why}")
         return self._engine
 
     @property
     def seq_length(self) -> int:
         """The most tokens of a prompt and its answer."""
-        return self.engine.seq_length()
+        return self._seq_length
 
     @property
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None if prompts are token ids."""
-        llm = self.engine.handles
-        return None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
+        return self._tokenizer
 
     @property
     def pad_token_id(self) -> int:
@@ -268,7 +349,10 @@ class VLLMModule:
     def _forward_step(
         self, data: dict[str, Any], iteration: int, is_eval: bool
     ) -> dict[str, Any]:
-        return self.decode_internal(self.generate(data, iteration, is_eval))
+        self.onload()  # every rank knows of it
+        return on_first_rank(
+            lambda: self.decode_internal(self.generate(data, iteration, is_eval))
+        )
 
     def _add_request_internal(
         self,
@@ -276,75 +360,49 @@ class VLLMModule:
         input_ids: Sequence[Sequence[int]] | None,
         is_eval: bool = False,
     ) -> list[Request]:
-        if input_ids is None:
-            if prompts is None or self.tokenizer is None:
-                raise ValueError(
-                    "A batch needs input_ids, or prompt and a tokenizer; see "
-                    "build_dataset."
-                )
-            input_ids = [self.tokenizer.encode(text) for text in prompts]
-        texts = prompts or [""] * len(input_ids)
-        requests = []
-        for index, (text, given) in enumerate(zip(texts, input_ids, strict=True)):
-            ids = [int(token) for token in given]
-            if not 0 < len(ids) < self.seq_length:
-                raise ValueError(
-                    f"Prompt {index} of the batch has {len(ids)} tokens; expected 1 to "
-                    f"{self.seq_length - 1}, so that there is room for an answer."
-                )
-            params = self.config.sampling_params(
-                len(ids), self.seq_length, is_eval=is_eval
-            )
-            requests.append(Request(text, ids, params, index))
+        return make_requests(
+            self.config, prompts, input_ids, self.seq_length, self.tokenizer, is_eval
+        )
+
+    def _requests(
+        self, data: dict[str, Any], iteration: int, is_eval: bool = False
+    ) -> list[Request]:
+        """What `_add_request` makes, with seeds and an order."""
+        for key in data.keys() & GIVEN_UP.keys():
+            raise ValueError(f"There is no {key} in a batch: {GIVEN_UP[key]}.")
+        self.onload()
+        requests = self._add_request(data, is_eval=is_eval)
+        self._batches += 1
+        for request in requests:
+            request.batch = self._batches
+        if self.config.seed is not None:
+            set_seeds(requests, self.config.seed, iteration, is_eval)
+        self._lengths.expect(requests, data)
         return requests
 
-    def _seed(self, iteration: int, request: Request, is_eval: bool) -> int:
-        """Of one request: the same whenever a batch is repeated."""
-        what = [self.config.seed, iteration, request.prompt_index, is_eval]
-        digest = hashlib.blake2b(json.dumps(what).encode(), digest_size=7).digest()
-        return int.from_bytes(digest)
+    def _note(
+        self, data: dict[str, Any], outputs: list[RequestOutput]
+    ) -> list[RequestOutput]:
+        self._lengths.note(outputs, data)
+        return [self._updates.number(output) for output in outputs]
 
-    def engine_args(self) -> dict[str, Any]:
-        """The arguments of vLLM's engine that the config asks for."""
-        config = self.config
-        if config.model is None:
-            raise ValueError("There is no key model; name the model's directory.")
-        args: dict[str, Any] = {
-            "model": config.model,
-            "tokenizer": config.tokenizer,
-            "load_format": config.load_format,
-            "dtype": config.dtype,
-            "seed": config.seed or 0,
-            "max_model_len": config.seq_length,
-            "logprobs_mode": config.logprobs_mode,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-            "max_num_seqs": config.max_num_seqs,
-            "block_size": config.block_size,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-            "tensor_parallel_size": config.tensor_model_parallel_size,
-            "pipeline_parallel_size": config.pipeline_model_parallel_size,
-            "data_parallel_size": config.data_parallel_size,
-            "enforce_eager": config.enforce_eager,
-            "enable_sleep_mode": current_platform.is_sleep_mode_available(),
-        }
-        args = {key: value for key, value in args.items() if value is not None}
-        folder = Path(config.tokenizer or config.model)
-        args["skip_tokenizer_init"] = not any(folder.glob("tokenizer*"))
-        return args | config.engine_args
+    def _pool(self, who: str) -> EnginePool:
+        if not isinstance(self.engine, EnginePool):
+            raise RuntimeError(
+                f"{who} needs an engine that takes requests at any time. Set "
+                "asynchronous: true, or engine_urls."
+            )
+        return self.engine
 
     def _register(self) -> None:
         """Let vLLM build the model by `model_provider`, if there is one."""
-        factory = self._factory
         own = type(self).model_provider
-        if factory is None:
-            if own is VLLMModule.model_provider:
-                return
-            takes_args = len(inspect.signature(own).parameters) > 1
-            factory = self.model_provider if takes_args else _WithoutArguments(self)
-        config = json.loads((Path(self.config.model or "") / "config.json").read_text())
-        for architecture in config["architectures"]:
-            ModelRegistry.register_model(architecture, factory)
+        if self._factory is not None:
+            register(self.config, self._factory)
+        elif own is not VLLMModule.model_provider:
+            takes_arguments = len(inspect.signature(own).parameters) > 1
+            bound = self.model_provider
+            register(self.config, bound if takes_arguments else _WithoutArguments(self))
 
 
 class _WithoutArguments:

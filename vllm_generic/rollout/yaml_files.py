@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""YAML files of ChatLearn's form: `includes`, sections of models, and `${name:default}`.
+"""YAML files of ChatLearn's form: `includes`, sections, and `${name:default}`.
 
 Only plain YAML is read; no tag makes an object.
 """
