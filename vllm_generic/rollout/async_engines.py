@@ -12,6 +12,7 @@ import aiohttp
 from vllm import RequestOutput
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_generic.rollout.engines import Request
@@ -80,6 +81,8 @@ class AsyncLLMEngine:
     async def generate(self, request: Request) -> RequestOutput:
         self._number += 1
         prompt: Any = {"prompt_token_ids": request.prompt_token_ids}
+        # Else each output has only those of the n answers that have just grown.
+        request.params.output_kind = RequestOutputKind.FINAL_ONLY
         output = None
         try:
             async for output in self._engine.generate(  # noqa: B007

@@ -87,6 +87,8 @@ class VLLMModule:
         self._factory = model_provider
         self._given_engine = engine
         self._engine: Engine | None = None
+        self._seq_length: int | None = None
+        self._tokenizer: Any | None = None
         self._asleep: set[str] = set()
         self._batches = 0
         self._lengths = AnswerLengths()
@@ -328,6 +330,8 @@ class VLLMModule:
     @property
     def seq_length(self) -> int:
         """The most tokens of a prompt and its answer."""
+        if self._seq_length is None:
+            raise RuntimeError("There is no engine yet. Call setup() first.")
         return self._seq_length
 
     @property

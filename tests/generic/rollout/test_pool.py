@@ -21,7 +21,7 @@ from vllm_generic.rollout.requests import one_answer_each, set_seeds
 
 
 class Scripted:
-    """An engine that answers with the prompt's last token plus one, as `act` lets it."""
+    """An engine that answers with the last token plus one, if `act` lets it."""
 
     def __init__(
         self, act: Callable[[Request], Any] = lambda request: None, capacity: int = 8
@@ -135,9 +135,9 @@ def test_one_failure_names_its_prompt_and_ends_the_others() -> None:
         return asyncio.sleep(60)
 
     engine = Scripted(act)
-    with pool_of(engine) as pool:
-        with pytest.raises(RuntimeError, match="Prompt 1 of the batch: too long"):
-            pool.generate(requests_of(3, 2, 1))
+    wrong = pytest.raises(RuntimeError, match="Prompt 1 of the batch: too long")
+    with pool_of(engine) as pool, wrong:
+        pool.generate(requests_of(3, 2, 1))
     assert sorted(engine.cancelled) == [0, 2]
 
 
