@@ -69,34 +69,34 @@ class LocalEngine:
     """An `LLM` of this program: all requests of a batch at once, in a fixed order."""
 
     def __init__(self, llm: LLM) -> None:
-        self._llm = llm
+        self.llm = llm
 
     def seq_length(self) -> int:
-        return self._llm.model_config.max_model_len
+        return self.llm.model_config.max_model_len
 
     def tokenizer(self) -> Any | None:
-        if self._llm.model_config.skip_tokenizer_init:
+        if self.llm.model_config.skip_tokenizer_init:
             return None
-        return self._llm.get_tokenizer()
+        return self.llm.get_tokenizer()
 
     def generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
         prompts: list[Any] = [
             {"prompt_token_ids": request.prompt_token_ids} for request in requests
         ]
         params = [request.params for request in requests]
-        request_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
+        request_ids = self.llm.enqueue(prompts, params, use_tqdm=False)
         try:
-            outputs = self._llm.wait_for_completion(RequestOutput, use_tqdm=False)
+            outputs = self.llm.wait_for_completion(RequestOutput, use_tqdm=False)
         except BaseException:
             # Else the next call would also wait for these requests.
-            self._llm.llm_engine.abort_request(request_ids, internal=True)
+            self.llm.llm_engine.abort_request(request_ids, internal=True)
             raise
         for request, output in zip(requests, outputs, strict=True):
             output.prompt = request.prompt
         return outputs
 
     def make_sync(self, make: Callable[[Any], WeightSync]) -> WeightSync:
-        return make(self._llm)
+        return make(self.llm)
 
     def has_changed(self) -> bool:
         return False
@@ -105,12 +105,12 @@ class LocalEngine:
         return False
 
     def sleep(self, level: int) -> None:
-        if self._llm.model_config.enable_sleep_mode:
-            self._llm.sleep(level)
+        if self.llm.model_config.enable_sleep_mode:
+            self.llm.sleep(level)
 
     def wake_up(self, tags: list[str]) -> None:
-        if self._llm.model_config.enable_sleep_mode:
-            self._llm.wake_up(tags)
+        if self.llm.model_config.enable_sleep_mode:
+            self.llm.wake_up(tags)
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown()
