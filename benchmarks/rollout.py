@@ -124,6 +124,13 @@ def batches(shape: LlamaShape, args: argparse.Namespace) -> list[dict[str, Any]]
     ]
 
 
+def timed(phases: dict[str, float], name: str, action: Any, *arguments: Any) -> Any:
+    begin = time.perf_counter()
+    result = action(*arguments)
+    phases[name] = time.perf_counter() - begin
+    return result
+
+
 def run_colocated(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     module = policy(args, folder, VLLMModule)
     model = trainer_of(args)
@@ -132,19 +139,12 @@ def run_colocated(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     own: list[float] = []
     for number, data in enumerate(batches(SHAPES[args.size], args)):
         phases: dict[str, float] = {}
-
-        def timed(name: str, action: Any, phases: dict[str, float] = phases) -> Any:
-            begin = time.perf_counter()
-            result = action()
-            phases[name] = time.perf_counter() - begin
-            return result
-
-        timed("sync", lambda: module.parameter_sync(model))
-        timed("onload", module.onload)
-        outputs = timed("generate", lambda: module.generate(data, number))
-        batch = timed("decode", lambda: module.decode_internal(outputs))
-        timed("offload", module.offload)
-        timed("train", lambda: train(model, optimizer, batch))
+        timed(phases, "sync", module.parameter_sync, model)
+        timed(phases, "onload", module.onload)
+        outputs = timed(phases, "generate", module.generate, data, number)
+        batch = timed(phases, "decode", module.decode_internal, outputs)
+        timed(phases, "offload", module.offload)
+        timed(phases, "train", train, model, optimizer, batch)
         module.onload()
         own.append(own_generate(module, data))
         steps.append(phases)
