@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vllm import AsyncEngineArgs
 from vllm_generic.rollout import RolloutConfig
 from vllm_generic.rollout.config import REFUSED, defaults
+from vllm_generic.rollout.start import engine_args
 
 # As the seed's table and ChatLearn's own files have it.
 CHATLEARN = """
@@ -143,3 +146,34 @@ def test_the_command_prints_them() -> None:
         text=True,
     )
     assert defaults() in printed.stdout
+
+
+def test_a_sliding_window_is_the_models(tmp_path: Path) -> None:
+    config = {"architectures": ["Windowed"], "sliding_window": 8}
+    keys = RolloutConfig(model=str(tmp_path), sliding_window=4)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert engine_args(keys)["hf_overrides"] == {"sliding_window": 4}
+    del config["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sliding_window is 4, and the model's config"):
+        engine_args(keys)
+    with pytest.raises(ValueError, match="no key model. Name the model's directory"):
+        engine_args(RolloutConfig())
+
+
+def test_arguments_of_the_engine(tmp_path: Path) -> None:
+    """Each key under vLLM's name, and what is not set is vLLM's to decide."""
+    config = RolloutConfig(
+        model=str(tmp_path),
+        max_num_batched_tokens=64,
+        block_size=32,
+        tensor_model_parallel_size=2,
+        engine_args={"max_logprobs": 5, "enforce_eager": True},
+    )
+    args = AsyncEngineArgs(**engine_args(config))
+    assert (args.max_num_batched_tokens, args.block_size) == (64, 32)
+    assert (args.tensor_parallel_size, args.max_logprobs) == (2, 5)
+    assert args.enforce_eager and args.skip_tokenizer_init
+    assert args.max_num_seqs is AsyncEngineArgs.max_num_seqs
+    (tmp_path / "tokenizer.json").touch()
+    assert engine_args(config)["skip_tokenizer_init"] is False

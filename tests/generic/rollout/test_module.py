@@ -132,6 +132,19 @@ def test_a_colocated_loop(keys: dict[str, Any], made: list[VLLMModule]) -> None:
     assert (batch["weight_versions"][batch["loss_mask"] > 0] == 2).all()
     assert worst_difference(model, batch, 0.7) <= TOLERANCE
 
+    # A trainer that goes on from a checkpoint repeats its next batch. Until its first
+    # update, the engine's label is of another trainer's updates.
+    resumed = Policy(keys, engine=module.engine.llm, weight_version=7)  # type: ignore[attr-defined]
+    resumed.setup()
+    same = resumed.forward_step(data)
+    assert torch.equal(same["all_tokens"], batch["all_tokens"])
+    assert int(same["weight_versions"].max()) == resumed.weight_version == 7
+    assert resumed.parameter_sync(model) == 8
+    assert int(resumed.forward_step(data)["weight_versions"].max()) == 8
+    resumed.close()  # an engine that was given goes on
+    assert module.parameter_sync(soft_model(2)) == 3
+    batch = module.forward_step(data)
+
     # Nothing wrong reaches the engine, and nothing stays in it.
     with pytest.raises(ValueError, match="Prompt 1 of the batch has 64 tokens"):
         module.forward_step({"input_ids": [[1], [1] * 64]})
