@@ -89,7 +89,7 @@ class VLLMModule:
         self._engine: Engine | None = None
         self._seq_length: int | None = None
         self._tokenizer: Any | None = None
-        self._asleep: set[str] = set()
+        self._asleep: set[str] = set()  # the first rank's
         self._batches = 0
         self._lengths = AnswerLengths()
 
@@ -245,10 +245,7 @@ class VLLMModule:
 
             episodes = [
                 Episode(
-                    {
-                        name: column[request.prompt_index]
-                        for name, column in data.items()
-                    },
+                    {key: data[key][request.prompt_index] for key in data},
                     request,
                     self.seq_length,
                     ask,
@@ -268,18 +265,11 @@ class VLLMModule:
 
         On a CPU there is none to give.
         """
-        level = self.config.offload_level
-        if level and not self._asleep:
-            on_first_rank(lambda: self.engine.sleep(level))
-            self._asleep = {"weights", "kv_cache"}
+        on_first_rank(self._sleep)
 
     def onload(self, tags: Sequence[str] | None = None) -> None:
         """Take memory for `tags` ("weights", "kv_cache") again, or for all."""
-        asked = sorted(self._asleep) if tags is None else tags
-        asleep = [tag for tag in asked if tag in self._asleep]
-        if asleep:
-            on_first_rank(lambda: self.engine.wake_up(asleep))
-            self._asleep -= set(asleep)
+        on_first_rank(lambda: self._wake(tags))
 
     def parameter_sync(
         self, model: nn.Module, parallel_context: ParallelContext | None = None
@@ -353,10 +343,21 @@ class VLLMModule:
     def _forward_step(
         self, data: dict[str, Any], iteration: int, is_eval: bool
     ) -> dict[str, Any]:
-        self.onload()  # every rank knows of it
         return on_first_rank(
             lambda: self.decode_internal(self.generate(data, iteration, is_eval))
         )
+
+    def _sleep(self) -> None:
+        if self.config.offload_level and not self._asleep:
+            self.engine.sleep(self.config.offload_level)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, tags: Sequence[str] | None = None) -> None:
+        asked = sorted(self._asleep) if tags is None else tags
+        asleep = [tag for tag in asked if tag in self._asleep]
+        if asleep:
+            self.engine.wake_up(asleep)
+            self._asleep -= set(asleep)
 
     def _add_request_internal(
         self,
@@ -374,7 +375,7 @@ class VLLMModule:
         """What `_add_request` makes, with seeds and an order."""
         for key in data.keys() & GIVEN_UP.keys():
             raise ValueError(f"There is no {key} in a batch: {GIVEN_UP[key]}.")
-        self.onload()
+        self._wake()
         requests = self._add_request(data, is_eval=is_eval)
         self._batches += 1
         for request in requests:
