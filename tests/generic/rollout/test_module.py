@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import os
 import signal
 import sys
@@ -242,18 +241,51 @@ def test_an_asynchronous_loop(keys: dict[str, Any], made: list[VLLMModule]) -> N
         module.forward_step(data)
 
 
-def test_episodes_need_an_asynchronous_engine(keys: dict[str, Any]) -> None:
-    class Whole(VLLMModule):
-        def __init__(self, config: dict[str, Any]) -> None:
-            super().__init__(config)
-            self._engine = object()  # type: ignore[assignment]
+class Recorder:
+    """An engine that only notes what it is asked."""
 
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def sleep(self, level: int) -> None:
+        self.asked.append(level)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.asked += tags
+
+    def generate(self, requests: list[Any]) -> list[Any]:
+        self.asked.append(len(requests))
+        return []
+
+
+class Recorded(VLLMModule):
+    def setup(self) -> None:
+        self._engine = self.recorder = Recorder()  # type: ignore[assignment]
+        self._seq_length = 64
+
+
+def test_what_sleeps_is_woken_when_it_is_needed() -> None:
+    module = Recorded({"offload_level": 2})
+    module.setup()
+    module.offload()
+    module.offload()
+    module.onload(["weights"])
+    module.onload(["weights"])
+    module.generate({"input_ids": PROMPTS})
+    assert module.recorder.asked == [2, "weights", "kv_cache", 3]
+    awake = Recorded({"offload_level": 0})
+    awake.setup()
+    awake.offload()
+    assert awake.recorder.asked == []
+
+
+def test_episodes_need_an_asynchronous_engine() -> None:
     async def play(episode: Episode) -> None:
         await asyncio.sleep(0)
 
-    module = Whole(keys)
+    module = Recorded({})
+    module.setup()
     with pytest.raises(RuntimeError, match="Set asynchronous: true, or engine_urls"):
         module.run_episodes(play, {"input_ids": PROMPTS})
     with pytest.raises(ValueError, match="max_versions_behind is -1"):
         next(answered_ahead(module, [], max_versions_behind=-1))
-    assert json.loads((Path(keys["model"]) / "config.json").read_text())
