@@ -35,6 +35,7 @@ from llama import Llama, LlamaShape
 from weight_sync import SHAPES, factory
 
 from vllm import LLM
+from vllm.v1.attention.training.sequences import packed_sequences
 from vllm_generic.rollout import VLLMModule, answered_ahead
 from vllm_generic.rollout.engines import Request
 
@@ -93,14 +94,16 @@ def train(
 ) -> None:
     """A step of policy gradients with random advantages."""
     device = next(model.parameters()).device
-    for row in batch["all_tokens"].split(8):
-        tokens = row.to(device)  # [samples, length]
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        logits = model.lm_head(model(tokens, positions))[:, :-1].float()
-        log_p = -torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
-        (log_p * torch.randn_like(log_p)).mean().backward()
+    for rows in batch["all_tokens"].split(8):
+        samples, length = rows.shape
+        tokens = rows.to(device).flatten()  # [samples * length]
+        positions = torch.arange(length, device=device).repeat(samples)
+        with packed_sequences([length * number for number in range(samples + 1)]):
+            logits = model.lm_head(model(tokens, positions)).float()
+            log_p = -torch.nn.functional.cross_entropy(
+                logits[:-1], tokens[1:], reduction="none"
+            )
+            (log_p * torch.randn_like(log_p)).mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
