@@ -99,7 +99,7 @@ patch = "0101-engine"
 """
 MODULE = "def wrap(model):\n    return model\n"
 
-OWN_MODULE = f"{SPDX}SIZE = 3\n"
+OWN_MODULE = "SIZE = 3\n"
 EXTRAS = '[tool.vllm-generic.extras]\nservice = ["server>=2"]\n'
 
 
