@@ -42,7 +42,7 @@ def confined(root: Path, path: str | Path) -> Path:
 
 
 class Checkpoints:
-    """The folders below ``root``: named checkpoints, snapshots and ephemeral samplers."""
+    """The folders below ``root``: checkpoints, snapshots, ephemeral samplers."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -118,8 +118,8 @@ def check_batch(batch: Batch, max_length: int, vocab_size: int) -> None:
     """Raise UserError for a batch that a backend cannot compute."""
     if batch.loss_fn == "stable_reinforce":
         raise UserError(
-            "loss_fn 'stable_reinforce' is not available: its definition is not public. "
-            "Use importance_sampling, ppo, cispo, dro or gspo."
+            "loss_fn 'stable_reinforce' is not available: its definition is not "
+            "public. Use importance_sampling, ppo, cispo, dro or gspo."
         )
     if batch.loss_fn not in LOSSES:
         raise UserError(
@@ -129,8 +129,8 @@ def check_batch(batch: Batch, max_length: int, vocab_size: int) -> None:
     unknown = set(batch.loss_config) - settings
     if unknown:
         raise UserError(
-            f"loss_fn_config has {sorted(unknown)}, which {batch.loss_fn} does not take; "
-            f"it takes {sorted(settings) or 'nothing'}"
+            f"loss_fn_config has {sorted(unknown)}, which {batch.loss_fn} does not "
+            f"take; it takes {sorted(settings) or 'nothing'}"
         )
     if not batch.data:
         raise UserError("the batch has no datum")
@@ -153,7 +153,8 @@ def _check_datum(
     given = set(datum.loss_inputs)
     if needed - given or given - needed - optional:
         raise UserError(
-            f"{loss_fn} needs the inputs {sorted(needed)} but the datum has {sorted(given)}"
+            f"{loss_fn} needs the inputs {sorted(needed)}; "
+            f"the datum has {sorted(given)}"
         )
     length = len(datum.tokens)
     if not 0 < length <= max_length:
@@ -170,8 +171,8 @@ def _check_datum(
     for name, array in datum.loss_inputs.items():
         if array.shape != targets.shape or len(array) != length:
             raise UserError(
-                f"{name} has the shape {list(array.shape)}; the input has {length} tokens "
-                f"and target_tokens the shape {list(targets.shape)}"
+                f"{name} has the shape {list(array.shape)}; the input has {length} "
+                f"tokens and target_tokens the shape {list(targets.shape)}"
             )
     for name, ids in (("input", datum.tokens), ("target_tokens", targets)):
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:

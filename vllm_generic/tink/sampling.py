@@ -162,8 +162,8 @@ class Sampling:
         row = self._store.get("samplers", sampler_id)
         if row["folder"] == "":
             raise UserError(
-                f"the weights of sampler {sampler_id!r} are no longer kept: its session "
-                "is over. Save weights under a name to keep them."
+                f"the weights of sampler {sampler_id!r} are no longer kept: its "
+                "session is over. Save weights under a name to keep them."
             )
         if row["folder"] is not None:
             return Adapter(row["id"], self._checkpoints.sampler(row["id"]))

@@ -39,12 +39,12 @@ class Saves:
         kind = _FOLDER_OF[operation.kind]
         row = self._store.find_checkpoint(tinker_path(run.id, kind, name))
         # after a crash the same request may find what it has written itself
-        if row is not None and row["request_id"] != operation.id:
-            if not request.get("overwrite"):
-                raise UserError(
-                    f"checkpoint {row['path']!r} exists; choose another name, or save "
-                    "with overwrite=True"
-                )
+        taken = row is not None and row["request_id"] != operation.id
+        if taken and not request.get("overwrite"):
+            raise UserError(
+                f"checkpoint {tinker_path(run.id, kind, name)!r} exists; choose "
+                "another name, or save with overwrite=True"
+            )
         target = self._checkpoints.named(run.id, kind, name)
         return replace(step, target=target), {**request, "path": name}
 

@@ -81,7 +81,7 @@ class Scheduler:
         return await loop.run_in_executor(self._thread, function, *arguments)
 
     def _next_steps(self) -> list[ops.Step]:
-        """The request whose run has waited longest, and others that one pass can take."""
+        """The request whose run has waited longest, and what one pass can add to it."""
         ready = {run.id: run for run in self._runs if run.ready}
         self._turn = [key for key in self._turn if key in ready]
         self._turn += [key for key in ready if key not in self._turn]

@@ -33,11 +33,12 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
 def format_status(status: dict[str, Any]) -> str:
     rows = [COLUMNS, *(_row(run) for run in status["runs"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
+    summary = (
         f"{status['base_model']}: {len(status['runs'])} runs, "
         f"{status['sampling_queued']} sampling requests queued, "
         f"up {status['uptime_seconds']:.0f} s"
-    ]
+    )
+    lines = [summary]
     for row in rows:
         # the run's name to the left, numbers to the right
         cells = [row[0].ljust(widths[0])]

@@ -170,7 +170,7 @@ class Store:
         )
 
     def expire_results(self, before: float) -> None:
-        """Drop old results; a client that still asks for one sends its request again."""
+        """Drop the results that were finished before that time."""
         self._db.execute(
             "UPDATE operations SET state = ?, result = NULL WHERE state IN (?, ?) "
             "AND finished < ? AND (body IS NULL OR kind = 'sample')",

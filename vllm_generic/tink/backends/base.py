@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a backend that trains and one that samples have to offer.
 
-A trainer is called from one thread, never the event loop's. A sampler is called from the
-event loop. Arrays are numpy's, so that a backend may use any framework.
+A trainer is called from one thread, never the event loop's. A sampler is called from
+the event loop. Arrays are numpy's, so that a backend may use any framework.
 """
 
 from collections.abc import Mapping, Sequence
