@@ -27,6 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--root", type=Path, default=default_root(), help="for all state"
     )
+    serve.add_argument(
+        "--adapters-dir", type=Path, help="adapters in files must lie below it"
+    )
     serve.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     serve.add_argument(
         "--api-key",
@@ -59,6 +62,7 @@ def main() -> int:
         Settings(
             root=arguments.root.resolve(),
             model_dir=arguments.model_dir,
+            adapters_dir=arguments.adapters_dir,
             model_name=arguments.model_name,
             host=arguments.host,
             port=arguments.port,

@@ -17,6 +17,7 @@ from vllm_generic.tink.routes import (
     rest,
     sampling,
     sessions,
+    texts,
     training,
 )
 from vllm_generic.tink.service import Service
@@ -39,7 +40,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="tink", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(operations.router)
-    for part in (sessions, training, sampling, futures, rest):
+    for part in (sessions, training, sampling, futures, rest, texts):
         app.include_router(part.router, prefix="/api/v1")
 
     @app.exception_handler(UserError)

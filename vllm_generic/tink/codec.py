@@ -119,6 +119,24 @@ def decode_batch(request: Any) -> Batch:
     return Batch(data, request.loss_fn, config, request.forward_only)
 
 
+def encode_batch(model_id: str, seq_id: int, batch: Batch) -> bytes:
+    """The request that decode_batch reads."""
+    message = wire.ForwardBackwardRequest(
+        model_id=model_id,
+        seq_id=seq_id,
+        loss_fn=batch.loss_fn,
+        loss_fn_config=dict(batch.loss_config),
+        forward_only=batch.forward_only,
+    )
+    for datum in batch.data:
+        item = message.data.add()
+        tokens = datum.tokens.astype("<i4").tobytes()
+        item.model_input.add().encoded_text.tokens = tokens
+        for name, array in datum.loss_inputs.items():
+            _write_tensor(item.loss_fn_inputs[name], array)
+    return message.SerializeToString(deterministic=True)
+
+
 def encode_batch_output(output: BatchOutput) -> bytes:
     """One record for each run of datums that have the same number of targets K."""
     message = wire.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")

@@ -145,3 +145,33 @@ class Ttl(Body):
 class FinishSession(Body):
     reason: dict[str, Any] | None = None
     detail: str | None = None
+
+
+class TextSample(Body):
+    """Texts in, texts out."""
+
+    prompts: list[str] = Field(min_length=1, max_length=1024)
+    model_id: str | None = None
+    sampling_params: SamplingParams = SamplingParams()
+
+
+class TextDatum(Body):
+    text: str | None = None
+    tokens: list[int] | None = None
+    weights: list[float] | None = None
+
+
+class TextBatch(ModelBody):
+    data: list[TextDatum] = Field(min_length=1)
+
+
+class TextOptim(ModelBody):
+    adam_params: AdamParams = AdamParams()
+
+
+class Lora(Body):
+    """An adapter to train, or one from files if lora_path is given."""
+
+    adapter_id: str | None = None
+    lora_path: str | None = None
+    lora_config: LoraConfig = LoraConfig()

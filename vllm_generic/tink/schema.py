@@ -59,6 +59,13 @@ CREATE TABLE IF NOT EXISTS operations (
     finished REAL
 );
 CREATE INDEX IF NOT EXISTS operations_of_queue ON operations (queue, seq);
+CREATE TABLE IF NOT EXISTS adapters (
+    owner TEXT NOT NULL,
+    name TEXT NOT NULL,
+    folder TEXT NOT NULL,
+    created REAL NOT NULL,
+    PRIMARY KEY (owner, name)
+);
 CREATE TABLE IF NOT EXISTS history (
     run_id TEXT NOT NULL,
     step INTEGER NOT NULL,

@@ -5,7 +5,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from vllm_generic.tink.backends.base import Sampler, Trainer
 from vllm_generic.tink.checkpoints import Checkpoints
@@ -68,7 +70,7 @@ class Service:
             Saves(self.store, self.futures, self.checkpoints),
             self.metrics,
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self.metrics.gauge(
             "tink_queued_training_requests",
             "Training requests that wait",
@@ -88,18 +90,23 @@ class Service:
     async def start(self) -> None:
         self.runs.reopen_pending()
         self.sampling.resume()
-        self._tasks = [
-            asyncio.create_task(self.scheduler.run()),
-            asyncio.create_task(self._sweep_forever()),
-        ]
+        self.background(self.scheduler.run())
+        self.background(self._sweep_forever())
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.sampling.close()
         await self.scheduler.close()
         self.store.close()
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something until it ends or the service stops."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def failure(self) -> str | None:
         """Why the service cannot do its work, or None."""

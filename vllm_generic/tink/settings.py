@@ -24,6 +24,7 @@ def default_root() -> Path:
 class Settings:
     root: Path
     model_dir: Path | None = None
+    adapters_dir: Path | None = None  # root / adapters if None
     model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -38,6 +39,10 @@ class Settings:
     idle_seconds: float = 3600.0  # until a run's adapter is unloaded
     keep_results_seconds: float = 3600.0
     keep_samplers_seconds: float = 86400.0  # of a session without heartbeats
+
+    @property
+    def adapters_root(self) -> Path:
+        return self.adapters_dir or self.root / "adapters"
 
 
 def parse_api_keys(values: list[str]) -> dict[str, str]:

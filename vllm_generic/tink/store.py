@@ -219,6 +219,22 @@ class Store:
     def delete_checkpoint(self, path: str) -> None:
         self._db.execute("DELETE FROM checkpoints WHERE path = ?", (path,))
 
+    # adapters that were trained elsewhere
+
+    def put_adapter(self, owner: str, name: str, folder: str) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?)",
+            (owner, name, folder, time.time()),
+        )
+
+    def adapters(self, owner: str) -> list[Row]:
+        return self._all("SELECT * FROM adapters WHERE owner = ? ORDER BY name", owner)
+
+    def delete_adapter(self, owner: str, name: str) -> bool:
+        """Whether there was one."""
+        query = "DELETE FROM adapters WHERE owner = ? AND name = ?"
+        return self._db.execute(query, (owner, name)).rowcount > 0
+
     # curves
 
     def add_history(self, run_id: str, step: int, metrics: dict[str, float]) -> None:

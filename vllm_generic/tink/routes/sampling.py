@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from vllm_generic.tink import requests
+from vllm_generic.tink import requests, texts
 from vllm_generic.tink.routes.common import ServiceOf, User
 
 router = APIRouter()
@@ -34,8 +34,11 @@ async def get_sampler(
 
 @router.post("/asample")
 async def asample(
-    body: requests.Sample, service: ServiceOf, user: User
+    body: requests.Sample | requests.TextSample, service: ServiceOf, user: User
 ) -> dict[str, Any]:
+    """Tinker's request for samples, or one with texts."""
+    if isinstance(body, requests.TextSample):
+        return {"request_id": texts.submit_sample(service, user, body)}
     request_id = service.sampling.submit(user, body)
     return {
         "request_id": request_id,
