@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from vllm_generic.tink.settings import Settings, default_root, parse_api_keys
+from vllm_generic.tink.settings import Settings, default_root, flag, parse_api_keys
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,9 +38,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="USER=KEY",
         help="may be repeated; also TINK_API_KEYS, separated by commas",
     )
+    serve.add_argument(
+        "--sampler",
+        choices=("hf", "vllm"),
+        default="vllm" if flag(os.environ, "USE_VLLM") else "hf",
+        help="also USE_VLLM=true",
+    )
+    serve.add_argument(
+        "--max-lora-rank",
+        type=int,
+        default=int(os.environ.get("VLLM_MAX_LORA_RANK", 32)),
+        help="of adapters that vLLM samples from; also VLLM_MAX_LORA_RANK",
+    )
     serve.add_argument("--max-queued-training", type=int, default=256)
     serve.add_argument("--max-queued-sampling", type=int, default=2048)
-    serve.add_argument("--max-adapters", type=int, default=8)
+    serve.add_argument(
+        "--max-adapters",
+        type=int,
+        default=int(os.environ.get("VLLM_MAX_LORAS", 8)),
+        help="that sample at once; also VLLM_MAX_LORAS",
+    )
     status = commands.add_parser("status", help="a table of your runs")
     status.add_argument("--url", default="http://127.0.0.1:8000")
     return parser
@@ -70,6 +87,8 @@ def main() -> int:
             device=arguments.device,
             max_queued_training=arguments.max_queued_training,
             max_queued_sampling=arguments.max_queued_sampling,
+            sampler=arguments.sampler,
+            max_lora_rank=arguments.max_lora_rank,
             max_adapters=arguments.max_adapters,
         )
     )

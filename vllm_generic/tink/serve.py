@@ -9,9 +9,11 @@ import uvicorn
 
 from vllm_generic.tink.app import build_app
 from vllm_generic.tink.backends import hf_model
+from vllm_generic.tink.backends.base import Sampler
 from vllm_generic.tink.backends.hf_sampler import HFSampler
 from vllm_generic.tink.backends.hf_trainer import HFTrainer
 from vllm_generic.tink.backends.tiny_model import make_tiny_model
+from vllm_generic.tink.backends.vllm_sampler import VLLMSampler
 from vllm_generic.tink.service import Service
 from vllm_generic.tink.settings import Settings
 
@@ -31,11 +33,19 @@ def build_service(settings: Settings) -> Service:
     base = hf_model.load_base(folder, settings.device)
     # Adapters that sample are kept apart from those that train, so that neither waits
     # for the other; the frozen weights are the same tensors.
-    sampler = HFSampler(
+    sampler: Sampler = HFSampler(
         hf_model.copy_sharing_parameters(base),
         AutoTokenizer.from_pretrained(folder),
         settings.max_adapters,
     )
+    if settings.sampler == "vllm":
+        sampler = VLLMSampler(
+            folder,
+            settings.device,
+            settings.max_adapters,
+            settings.max_lora_rank,
+            scorer=sampler,
+        )
     return Service(settings, name or folder.name, folder, HFTrainer(base), sampler)
 
 

@@ -99,6 +99,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.sampling.close()
+        await asyncio.to_thread(self.sampling.sampler.close)
         await self.scheduler.close()
         self.store.close()
 
@@ -113,7 +114,7 @@ class Service:
         if self.scheduler.failure is not None:
             error = self.scheduler.failure
             return f"training stopped: {type(error).__name__}: {error}"
-        return None
+        return self.sampling.sampler.failure()
 
     async def _sweep_forever(self) -> None:
         while True:

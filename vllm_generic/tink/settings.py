@@ -31,10 +31,12 @@ class Settings:
     # key -> user; with none, every key is taken, and each is a user of its own
     api_keys: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    sampler: str = "hf"  # or "vllm"
     max_queued_training: int = 256  # requests of one run
     max_queued_sampling: int = 2048  # requests of all samplers
     max_body_bytes: int = 64 * 1024 * 1024
     max_adapters: int = 8
+    max_lora_rank: int = 32  # of adapters that vLLM samples from
     long_poll_seconds: float = 30.0  # the client gives up after 45
     idle_seconds: float = 3600.0  # until a run's adapter is unloaded
     keep_results_seconds: float = 3600.0

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+NO_LOGPROB = -99999.0  # the client's mark of a position that was not scored
+
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -116,6 +118,11 @@ class SampleJob:
     alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
 
+    @property
+    def scores_prompt(self) -> bool:
+        wanted = self.prompt_logprobs or self.topk_prompt or self.alt_tokens_k
+        return bool(wanted) or self.target_tokens is not None
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -156,6 +163,12 @@ class Sampler(Protocol):
     tokenizer: Any
     max_length: int
     vocab_size: int
+
+    def failure(self) -> str | None:
+        """Why nothing can be sampled any more, or None."""
+
+    def close(self) -> None:
+        """Free processes, threads and memory."""
 
     async def sample(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
         """Sample from an adapter, or from the base model if it is None.

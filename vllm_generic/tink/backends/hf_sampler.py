@@ -13,6 +13,7 @@ import torch
 
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import (
+    NO_LOGPROB,
     Adapter,
     SampledSequence,
     SampleJob,
@@ -22,7 +23,6 @@ from vllm_generic.tink.backends.base import (
 )
 from vllm_generic.tink.losses import target_logprobs
 
-NO_LOGPROB = -99999.0  # the client's mark of a position that was not scored
 STOP_STRING_WINDOW = 32  # tokens that are decoded to look for a stop string
 
 
@@ -39,6 +39,12 @@ class HFSampler:
         self._peft: Any = None
         self._loaded: OrderedDict[str, str] = OrderedDict()  # key -> PEFT's name
         self._count = 0
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def failure(self) -> str | None:
+        return None
 
     async def sample(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
         loop = asyncio.get_running_loop()
@@ -149,8 +155,7 @@ class HFSampler:
 
     def _score_prompt(self, model: Any, job: SampleJob) -> dict[str, Any]:
         """What is asked for about the prompt; position 0 has no log-probability."""
-        wanted = job.prompt_logprobs or job.topk_prompt or job.alt_tokens_k
-        if not wanted and job.target_tokens is None:
+        if not job.scores_prompt:
             return {}
         out: dict[str, Any] = {}
         length = len(job.prompt)
