@@ -14,6 +14,7 @@ from vllm_generic.tink.errors import BusyError, NotFoundError, UserError
 from vllm_generic.tink.routes import (
     futures,
     operations,
+    page,
     rest,
     sampling,
     sessions,
@@ -40,6 +41,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="tink", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(operations.router)
+    app.include_router(page.router)
     for part in (sessions, training, sampling, futures, rest, texts):
         app.include_router(part.router, prefix="/api/v1")
 

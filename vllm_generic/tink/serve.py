@@ -5,6 +5,7 @@
 import logging
 import socket
 
+import torch
 import uvicorn
 
 from vllm_generic.tink.app import build_app
@@ -30,6 +31,8 @@ def build_service(settings: Settings) -> Service:
     if folder is None:
         folder = make_tiny_model(settings.root / "tiny_model")
         name = name or TINY_NAME
+        # so small a model only loses by sharing its products among threads
+        torch.set_num_threads(1)
     base = hf_model.load_base(folder, settings.device)
     # Adapters that sample are kept apart from those that train, so that neither waits
     # for the other; the frozen weights are the same tensors.

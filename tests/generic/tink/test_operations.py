@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Services that are killed, users that are kept apart, and what an operator sees."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,9 @@ def test_health_metrics_and_status(service: Any, server: TinkServer) -> None:
     assert nobody.returncode == 1 and "no service answers" in nobody.stderr
     history = httpx.get(f"{server.url}/api/v1/history/{client.model_id}", headers=KEY)
     assert [row["step"] for row in history.json()["steps"]] == [1, 2]
+    # what only the loop knows is drawn beside the loss
+    url = f"{server.url}/api/v1/history/{client.model_id}"
+    assert httpx.post(url, json={"reward": 0.5}, headers=KEY).json() == {"step": 2}
+    last = json.loads(httpx.get(url, headers=KEY).json()["steps"][-1]["metrics"])
+    assert last["reward"] == 0.5 and last["loss"] > 0
+    assert "<title>tink</title>" in httpx.get(server.url).text

@@ -18,8 +18,8 @@ def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
     """Two adapters and the base in one batch; the trainer's log-probabilities."""
     with TinkServer(tmp_path / "state", "--sampler", "vllm") as server:
         service = server.client()
-        # vLLM has no log-probabilities of prompts with an adapter of the head
-        one = training(service, train_unembed=False)
+        # an adapter of the head, and one without it, whose prompts vLLM scores
+        one = training(service)
         two = training(service, rank=4, seed=1, train_unembed=False)
         train(one, 3)
         train(two, 5)
@@ -39,14 +39,16 @@ def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
             assert first.tokens != second.tokens
             trained = logprobs(client, TEXT[:6] + first.tokens)[-6:]
             assert np.float32(first.logprobs) == pytest.approx(trained, abs=1e-4)
-        scores = samplers[1].compute_logprobs(types.ModelInput.from_ints(TEXT)).result()
-        assert scores[0] is None
-        assert np.float32(scores[1:]) == pytest.approx(logprobs(two), abs=1e-4)
+        text = types.ModelInput.from_ints(TEXT)
+        for client, sampler in zip((one, two), samplers, strict=False):
+            scores = sampler.compute_logprobs(text).result()
+            assert scores[0] is None
+            assert np.float32(scores[1:]) == pytest.approx(logprobs(client), abs=1e-4)
         greedy = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
         targets = torch.full((5, 2), -1, dtype=torch.int64)
         targets[4, 1] = TEXT[5]
         free = (
-            samplers[0]
+            samplers[1]
             .sample(
                 prompt,
                 1,
@@ -68,7 +70,7 @@ def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
         )
         assert free.prompt_alt_tokens.tokens.to_torch().shape == (5, 3)
         stop = sequence.tokens[3]
-        stopped = samplers[0].sample(
+        stopped = samplers[1].sample(
             prompt, 1, types.SamplingParams(max_tokens=8, temperature=0.0, stop=[stop])
         )
         (shorter,) = stopped.result().sequences
