@@ -64,11 +64,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     if arguments.command == "status":
         from vllm_generic.tink.status import print_status
 
         return print_status(arguments.url)
+    if flag(os.environ, "USE_MEGATRON"):
+        parser.error(
+            "USE_MEGATRON=true, but this version trains by Hugging Face and PEFT only; "
+            "unset it"
+        )
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )

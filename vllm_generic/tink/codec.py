@@ -16,7 +16,7 @@ from vllm_generic.tink.backends.base import (
 )
 from vllm_generic.tink.errors import UserError
 
-_DTYPES = {
+_DTYPES: dict[int, np.dtype[Any]] = {
     wire.FLOAT32: np.dtype("<f4"),
     wire.INT64: np.dtype("<i8"),
     wire.INT32: np.dtype("<i4"),

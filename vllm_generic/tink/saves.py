@@ -64,12 +64,12 @@ class Saves:
                         folder=str(step.target),
                         created=now,
                     )
-                result = {
+                ephemeral = {
                     "sampling_session_id": sampler,
                     "path": None,
                     "type": operation.kind,
                 }
-                self._futures.finish_json(operation.id, result)
+                self._futures.finish_json(operation.id, ephemeral)
             return
         kind, name = _FOLDER_OF[operation.kind], request["path"]
         path = tinker_path(run.id, kind, name)
@@ -88,7 +88,7 @@ class Saves:
                 expires=None if ttl is None else now + ttl,
                 metadata=json.dumps(request.get("user_metadata")),
             )
-            result = {"path": path, "type": operation.kind}
+            result: dict[str, Any] = {"path": path, "type": operation.kind}
             if operation.kind == ops.SAVE_EXTERNAL:
                 result["size_bytes"] = size
             self._futures.finish_json(operation.id, result)

@@ -49,7 +49,7 @@ class Settings:
 
 def parse_api_keys(values: list[str]) -> dict[str, str]:
     """Keys as "key" or "user=key"; a key without a user is a user of its own."""
-    keys = {}
+    keys: dict[str, str] = {}
     for value in values:
         user, _, key = value.rpartition("=")
         keys[key] = user or f"user{len(keys) + 1}"

@@ -7,6 +7,8 @@ numbers and types are the contract, so the table below is all that is needed. Th
 descriptors live in a pool of their own: a process may hold the client as well.
 """
 
+from typing import Any
+
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 PACKAGE = "tinker_public"
@@ -186,7 +188,7 @@ _pool = descriptor_pool.DescriptorPool()
 _pool.Add(_file())
 
 
-def _message(name: str) -> type:
+def _message(name: str) -> Any:
     descriptor = _pool.FindMessageTypeByName(f"{PACKAGE}.{name}")
     return message_factory.GetMessageClass(descriptor)
 

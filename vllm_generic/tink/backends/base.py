@@ -25,7 +25,7 @@ class LoraSpec:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
-    alpha: float = 32.0
+    alpha: int = 32
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def load_base(folder: Path, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import (
@@ -69,8 +70,6 @@ class HFSampler:
         self._peft.set_adapter(self._loaded[adapter.key])
 
     def _load(self, adapter: Adapter) -> None:
-        from peft import PeftModel
-
         while len(self._loaded) >= self.max_adapters:
             self._peft.delete_adapter(self._loaded.popitem(last=False)[1])
         self._count += 1

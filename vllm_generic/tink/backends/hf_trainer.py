@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
 from vllm_generic.tink.backends import hf_model
@@ -41,8 +47,6 @@ class HFTrainer:
         self._optimizers: dict[str, torch.optim.AdamW] = {}
 
     def create(self, run: str, spec: LoraSpec) -> None:
-        from peft import LoraConfig, get_peft_model
-
         targets = hf_model.target_modules(self._layers, spec)
         if not targets:
             raise UserError(
@@ -126,8 +130,6 @@ class HFTrainer:
         return {"grad_norm:mean": float(norm)}
 
     def save(self, run: str, folder: Path, optimizer: bool) -> None:
-        from peft import get_peft_model_state_dict
-
         name = self._names[run]
         weights = get_peft_model_state_dict(
             self._peft, adapter_name=name, save_embedding_layers=False
@@ -146,13 +148,11 @@ class HFTrainer:
             torch.save(self._optimizers[run].state_dict(), folder / OPTIMIZER_FILE)
 
     def load(self, run: str, folder: Path, optimizer: bool) -> None:
-        from peft import set_peft_model_state_dict
-
         path = folder / OPTIMIZER_FILE
         if optimizer and not path.exists():
             raise UserError("the checkpoint has no optimizer state; load without it")
         weights = load_file(folder / WEIGHTS_FILE)
-        result = set_peft_model_state_dict(
+        result: Any = set_peft_model_state_dict(
             self._peft, weights, adapter_name=self._names[run]
         )
         missing = [key for key in result.missing_keys if f".{self._names[run]}." in key]

@@ -50,13 +50,14 @@ class VLLMSampler:
                 f"vLLM is not available ({error}); install it, or sample with hf"
             ) from error
 
-        self.max_rank = min(rank for rank in RANKS if rank >= max_rank)
+        rank: Any = min(known for known in RANKS if known >= max_rank)
+        self._max_rank = rank
         arguments = AsyncEngineArgs(
             model=str(folder),
             dtype="float32" if device == "cpu" else "auto",
             enable_lora=True,
             max_loras=max_adapters,
-            max_lora_rank=self.max_rank,
+            max_lora_rank=rank,
             # log-probabilities of all tokens, where one is asked for by its id
             max_logprobs=-1,
             logprobs_mode="raw_logprobs",
@@ -78,6 +79,12 @@ class VLLMSampler:
         if adapter is None:
             return None
         if adapter.key not in self._requests:
+            rank = _config(adapter)["r"]
+            if rank > self._max_rank:
+                raise UserError(
+                    f"the adapter has rank {rank}, and this service samples from ranks "
+                    f"up to {self._max_rank}; start it with --max-lora-rank {rank}"
+                )
             number = next(self._numbers)
             self._requests[adapter.key] = LoRARequest(
                 adapter.key, number, str(adapter.folder)
@@ -101,8 +108,9 @@ class VLLMSampler:
             result = output
         if result is None:
             raise RuntimeError("the engine gave no result")
+        prompt: Any = result.prompt_logprobs
         sequences = [_sequence(output, job.topk_sample) for output in result.outputs]
-        return SampleOutput(sequences, **_prompt(job, result.prompt_logprobs))
+        return SampleOutput(sequences, **_prompt(job, prompt))
 
     def _params(self, job: SampleJob) -> Any:
         from vllm import SamplingParams
@@ -134,9 +142,12 @@ class VLLMSampler:
         )
 
 
+def _config(adapter: Adapter) -> dict[str, Any]:
+    return json.loads((adapter.folder / "adapter_config.json").read_text())
+
+
 def _has_head(adapter: Adapter) -> bool:
-    config = json.loads((adapter.folder / "adapter_config.json").read_text())
-    targets = config["target_modules"]
+    targets = _config(adapter)["target_modules"]
     return any(name.split(".")[-1] == "lm_head" for name in targets)
 
 
