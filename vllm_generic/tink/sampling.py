@@ -124,9 +124,11 @@ class Sampling:
                     self._start(row)
 
     def cancel(self, key: str) -> None:
+        """End a request that nobody waits for any more."""
         task = self._tasks.get(key)
         if task is not None:
             task.cancel()
+            self._futures.fail(key, "the client cancelled this request", "user")
 
     async def close(self) -> None:
         for task in self._tasks.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tink_client import TEXT, datum, logprobs, train, training
+from tink_client import MODEL, TEXT, datum, logprobs, train, training
 from tink_requests import new_model, post, result, step, submit_batch
 from tink_server import TinkServer
 from tinker.proto import tinker_public_pb2 as pb
@@ -123,3 +123,17 @@ def test_what_is_not_served_is_told(service: Any, server: TinkServer) -> None:
     assert unknown.status_code == 404
     wrong = post(server, "create_model", {"session_id": "x"})
     assert wrong.status_code == 422 and "model_seq_id" in wrong.json()["detail"]
+
+
+def test_a_cancelled_sample_ends(service: Any, server: TinkServer) -> None:
+    sampler = service.create_sampling_client(base_model=MODEL).result()
+    name = sampler.get_sampler_handle().sampling_session_id
+    body = {
+        "sampling_session_id": name,
+        "seq_id": 7,
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": TEXT}]},
+        "sampling_params": {"max_tokens": 2000, "stop": []},
+    }
+    key = post(server, "asample", body).json()["request_id"]
+    post(server, "cancel_future", {"request_id": key})
+    assert "cancelled" in result(server, key).json()["error"]
