@@ -127,7 +127,7 @@ def test_what_is_not_served_is_told(service: Any, server: TinkServer) -> None:
 
 def test_a_cancelled_sample_ends(service: Any, server: TinkServer) -> None:
     sampler = service.create_sampling_client(base_model=MODEL).result()
-    name = sampler.get_sampler_handle().sampling_session_id
+    name = sampler._sampling_session_id
     body = {
         "sampling_session_id": name,
         "seq_id": 7,
