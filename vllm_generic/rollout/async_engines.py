@@ -208,10 +208,10 @@ def _output(request: Request, found: dict[str, Any]) -> RequestOutput:
         )
         # A release before 0.32 has no such field, here and in the answer.
         if choice.get("weight_versions") is not None:
-            from vllm.outputs import WeightVersionSpan
+            from vllm import outputs
 
             completion.weight_versions = [
-                WeightVersionSpan(**span) for span in choice["weight_versions"]
+                outputs.WeightVersionSpan(**span) for span in choice["weight_versions"]
             ]
         completions.append(completion)
     prompt_logprobs = found.get("prompt_logprobs")

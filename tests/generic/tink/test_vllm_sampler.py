@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Sampling by vLLM's engine in the service's process."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tink_client import MODEL, TEXT, logprobs, train, training
+from tink_server import TinkServer
+from tinker import types
+
+
+@pytest.mark.engine
+def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
+    """Two adapters and the base in one batch; the trainer's log-probabilities."""
+    with TinkServer(tmp_path / "state", "--sampler", "vllm") as server:
+        service = server.client()
+        # an adapter of the head, and one without it, whose prompts vLLM scores
+        one = training(service)
+        two = training(service, rank=4, seed=1, train_unembed=False)
+        train(one, 3)
+        train(two, 5)
+        prompt = types.ModelInput.from_ints(TEXT[:6])
+        samplers = [
+            one.save_weights_and_get_sampling_client().result(),
+            two.save_weights_and_get_sampling_client().result(),
+            service.create_sampling_client(base_model=MODEL).result(),
+        ]
+        params = types.SamplingParams(max_tokens=6, seed=5)
+        with ThreadPoolExecutor() as pool:
+            futures = [s.sample(prompt, 2, params) for s in samplers]
+            outputs = list(pool.map(lambda future: future.result(), futures))
+        untrained = training(service, train_unembed=False)
+        for client, output in zip((one, two, untrained), outputs, strict=True):
+            first, second = output.sequences
+            assert first.tokens != second.tokens
+            trained = logprobs(client, TEXT[:6] + first.tokens)[-6:]
+            assert np.float32(first.logprobs) == pytest.approx(trained, abs=1e-4)
+        text = types.ModelInput.from_ints(TEXT)
+        for client, sampler in zip((one, two), samplers, strict=False):
+            scores = sampler.compute_logprobs(text).result()
+            assert scores[0] is None
+            assert np.float32(scores[1:]) == pytest.approx(logprobs(client), abs=1e-4)
+        greedy = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
+        targets = torch.full((5, 2), -1, dtype=torch.int64)
+        targets[4, 1] = TEXT[5]
+        free = (
+            samplers[1]
+            .sample(
+                prompt,
+                1,
+                greedy,
+                include_prompt_logprobs=True,
+                topk_sample_logprobs=2,
+                topk_prompt_logprobs=2,
+                target_prompt_logprobs=types.TensorData.from_torch_sparse(targets, -1),
+                prompt_alt_tokens_k=3,
+            )
+            .result()
+        )
+        (sequence,) = free.sequences
+        assert len(sequence.tokens) == 8 and sequence.stop_reason == "length"
+        assert [top[0][0] for top in sequence.topk_logprobs] == list(sequence.tokens)
+        assert free.topk_prompt_logprobs[0] is None
+        assert free.target_prompt_logprobs.to_torch()[4, 1] == pytest.approx(
+            free.prompt_logprobs[5], abs=1e-6
+        )
+        assert free.prompt_alt_tokens.tokens.to_torch().shape == (5, 3)
+        stop = sequence.tokens[3]
+        stopped = samplers[1].sample(
+            prompt, 1, types.SamplingParams(max_tokens=8, temperature=0.0, stop=[stop])
+        )
+        (shorter,) = stopped.result().sequences
+        assert shorter.stop_reason == "stop" and shorter.tokens[-1] == stop

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Sampling by vLLM in this process: many requests, of many adapters, at once."""
+
+import itertools
+import json
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_generic.tink.backends.base import (
+    NO_LOGPROB,
+    Adapter,
+    SampledSequence,
+    SampleJob,
+    SampleOutput,
+    Sampler,
+    TopK,
+)
+from vllm_generic.tink.errors import UserError
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
+
+
+class VLLMSampler:
+    """vLLM's engine with LoRA. The adapters of one batch may all differ.
+
+    vLLM leaves an adapter of the head out of a prompt's log-probabilities
+    (https://github.com/vllm-project/vllm/issues/51594). Requests for these go to
+    ``scorer``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        max_adapters: int,
+        max_rank: int,
+        scorer: Sampler,
+    ) -> None:
+        self._scorer = scorer
+        try:
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise ImportError(
+                f"vLLM is not available ({error}); install it, or sample with hf"
+            ) from error
+
+        rank: Any = min(known for known in RANKS if known >= max_rank)
+        self._max_rank = rank
+        arguments = AsyncEngineArgs(
+            model=str(folder),
+            dtype="float32" if device == "cpu" else "auto",
+            enable_lora=True,
+            max_loras=max_adapters,
+            max_lora_rank=rank,
+            # log-probabilities of all tokens, where one is asked for by its id
+            max_logprobs=-1,
+            logprobs_mode="raw_logprobs",
+        )
+        self._engine = AsyncLLM.from_engine_args(arguments)
+        self.tokenizer = self._engine.get_tokenizer()
+        self.max_length = self._engine.model_config.max_model_len
+        self.vocab_size = self._engine.model_config.get_vocab_size()
+        self._numbers = itertools.count(1)
+        self._requests: dict[str, Any] = {}  # an adapter's key -> its LoRARequest
+
+    def close(self) -> None:
+        self._engine.shutdown()
+        self._scorer.close()
+
+    def _lora(self, adapter: Adapter | None) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        if adapter is None:
+            return None
+        if adapter.key not in self._requests:
+            rank = _config(adapter)["r"]
+            if rank > self._max_rank:
+                raise UserError(
+                    f"the adapter has rank {rank}, and this service samples from ranks "
+                    f"up to {self._max_rank}; start it with --max-lora-rank {rank}"
+                )
+            number = next(self._numbers)
+            self._requests[adapter.key] = LoRARequest(
+                adapter.key, number, str(adapter.folder)
+            )
+        return self._requests[adapter.key]
+
+    def failure(self) -> str | None:
+        return "vLLM's engine has died" if self._engine.errored else None
+
+    async def sample(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
+        if adapter is not None and job.scores_prompt and _has_head(adapter):
+            return await self._scorer.sample(adapter, job)
+        result = None
+        stream = self._engine.generate(
+            {"prompt_token_ids": job.prompt},
+            self._params(job),
+            uuid.uuid4().hex,
+            lora_request=self._lora(adapter),
+        )
+        async for output in stream:
+            result = output
+        if result is None:
+            raise RuntimeError("the engine gave no result")
+        prompt: Any = result.prompt_logprobs
+        sequences = [_sequence(output, job.topk_sample) for output in result.outputs]
+        return SampleOutput(sequences, **_prompt(job, prompt))
+
+    def _params(self, job: SampleJob) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = job.params
+        limit = self.max_length - len(job.prompt)
+        if params.max_tokens == 0:
+            raise UserError("max_tokens is 0; vLLM draws at least one token")
+        prompt_logprobs: int | None = None
+        if job.target_tokens is not None or job.alt_tokens_k:
+            prompt_logprobs = -1
+        elif job.prompt_logprobs or job.topk_prompt:
+            prompt_logprobs = job.topk_prompt
+        return SamplingParams(
+            n=job.num_samples,
+            max_tokens=min(limit, params.max_tokens or limit),
+            seed=params.seed,
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            stop=list(params.stop_strings),
+            stop_token_ids=list(params.stop_tokens),
+            include_stop_str_in_output=True,
+            ignore_eos=params.ignore_eos,
+            logprobs=job.topk_sample,
+            prompt_logprobs=prompt_logprobs,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    return json.loads((adapter.folder / "adapter_config.json").read_text())
+
+
+def _has_head(adapter: Adapter) -> bool:
+    targets = _config(adapter)["target_modules"]
+    return any(name.split(".")[-1] == "lm_head" for name in targets)
+
+
+def _top(entries: list[dict[int, Any] | None], k: int) -> TopK:
+    """The k likeliest tokens of each position; none where there is no entry."""
+    ids = np.zeros((len(entries), k), np.int32)
+    values = np.full((len(entries), k), NO_LOGPROB, np.float32)
+    for row, entry in enumerate(entries):
+        # the token itself is in an entry too, whatever its rank
+        ranked = sorted((entry or {}).items(), key=lambda item: -item[1].logprob)[:k]
+        for column, (token, logprob) in enumerate(ranked):
+            ids[row, column], values[row, column] = token, logprob.logprob
+    return TopK(ids, values)
+
+
+def _sequence(output: Any, topk: int) -> SampledSequence:
+    tokens = list(output.token_ids)
+    logprobs = [
+        entry[token].logprob
+        for token, entry in zip(tokens, output.logprobs, strict=True)
+    ]
+    top = _top(output.logprobs, topk) if topk else None
+    return SampledSequence(tokens, logprobs, output.finish_reason == "stop", top)
+
+
+def _prompt(job: SampleJob, entries: list[dict[int, Any] | None]) -> dict[str, Any]:
+    """What is asked for about the prompt, of the engine's entries for each position."""
+    out: dict[str, Any] = {}
+    length = len(job.prompt)
+    last_n = job.prompt_logprobs_last_n
+    first = 1 if last_n is None else length - last_n
+    if job.prompt_logprobs:
+        values = np.full(length, math.nan, np.float32)
+        for position in range(first, length):
+            entry = entries[position]
+            assert entry is not None
+            values[position] = entry[job.prompt[position]].logprob
+        out["prompt_logprobs"] = values
+    if job.topk_prompt:
+        none = [None] * first
+        out["topk_prompt"] = _top([*none, *entries[first:]], job.topk_prompt)
+    if job.target_tokens is not None:
+        targets = np.zeros(job.target_tokens.shape, np.float32)
+        for (row, column), token in np.ndenumerate(job.target_tokens):
+            entry = entries[row + 1]
+            if token >= 0 and entry is not None:
+                targets[row, column] = entry[int(token)].logprob
+        out["target_logprobs"] = targets
+    if job.alt_tokens_k:
+        out["alt_tokens"] = _alternatives(job, entries[1:])
+    return out
+
+
+def _alternatives(job: SampleJob, entries: list[dict[int, Any] | None]) -> TopK:
+    """Tokens drawn at every position of the prompt but the first."""
+    random = np.random.default_rng(job.params.seed)
+    scale = job.params.temperature or 1e-6
+    ids = np.zeros((len(entries), job.alt_tokens_k), np.int32)
+    values = np.zeros(ids.shape, np.float32)
+    for row, entry in enumerate(entries):
+        assert entry is not None
+        tokens = np.fromiter(entry, np.int64)
+        logprobs = np.array([item.logprob for item in entry.values()])
+        weights = np.exp((logprobs - logprobs.max()) / scale)
+        drawn = random.choice(len(tokens), job.alt_tokens_k, p=weights / weights.sum())
+        ids[row], values[row] = tokens[drawn], logprobs[drawn]
+    return TopK(ids, values)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Starting a service: the model, its backends, the port."""
+
+import logging
+import socket
+
+import torch
+import uvicorn
+
+from vllm_generic.tink.app import build_app
+from vllm_generic.tink.backends import hf_model
+from vllm_generic.tink.backends.base import Sampler
+from vllm_generic.tink.backends.hf_sampler import HFSampler
+from vllm_generic.tink.backends.hf_trainer import HFTrainer
+from vllm_generic.tink.backends.tiny_model import make_tiny_model
+from vllm_generic.tink.backends.vllm_sampler import VLLMSampler
+from vllm_generic.tink.service import Service
+from vllm_generic.tink.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+TINY_NAME = "tiny/model"
+
+
+def build_service(settings: Settings) -> Service:
+    """Load the model; without one in the settings, the tiny one is made."""
+    from transformers import AutoTokenizer
+
+    folder, name = settings.model_dir, settings.model_name
+    if folder is None:
+        folder = make_tiny_model(settings.root / "tiny_model")
+        name = name or TINY_NAME
+        # so small a model only loses by sharing its products among threads
+        torch.set_num_threads(1)
+    base = hf_model.load_base(folder, settings.device)
+    # Adapters that sample are kept apart from those that train, so that neither waits
+    # for the other; the frozen weights are the same tensors.
+    sampler: Sampler = HFSampler(
+        hf_model.copy_sharing_parameters(base),
+        AutoTokenizer.from_pretrained(folder),
+        settings.max_adapters,
+    )
+    if settings.sampler == "vllm":
+        sampler = VLLMSampler(
+            folder,
+            settings.device,
+            settings.max_adapters,
+            settings.max_lora_rank,
+            scorer=sampler,
+        )
+    return Service(settings, name or folder.name, folder, HFTrainer(base), sampler)
+
+
+def serve(settings: Settings) -> None:
+    """Run a service until it is stopped by a signal."""
+    sock = socket.create_server((settings.host, settings.port), backlog=2048)
+    port = sock.getsockname()[1]
+    service = build_service(settings)
+    config = uvicorn.Config(
+        build_app(service),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+    logger.info(
+        "tink serves %s on http://%s:%d, state in %s",
+        service.model_name,
+        settings.host,
+        port,
+        settings.root,
+    )
+    uvicorn.Server(config).run(sockets=[sock])

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How a service is set up: from the command line and the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TRUE = {"1", "true", "yes", "on"}
+
+
+def flag(environment: Mapping[str, str], name: str, default: bool = False) -> bool:
+    value = environment.get(name)
+    return default if value is None else value.strip().lower() in TRUE
+
+
+def default_root() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "tink"
+
+
+@dataclass(frozen=True)
+class Settings:
+    root: Path
+    model_dir: Path | None = None
+    adapters_dir: Path | None = None  # root / adapters if None
+    model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    # key -> user; with none, every key is taken, and each is a user of its own
+    api_keys: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    sampler: str = "hf"  # or "vllm"
+    max_queued_training: int = 256  # requests of one run
+    max_queued_sampling: int = 2048  # requests of all samplers
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_adapters: int = 8
+    max_lora_rank: int = 32  # of adapters that vLLM samples from
+    long_poll_seconds: float = 30.0  # the client gives up after 45
+    idle_seconds: float = 3600.0  # until a run's adapter is unloaded
+    keep_results_seconds: float = 3600.0
+    keep_samplers_seconds: float = 86400.0  # of a session without heartbeats
+
+    @property
+    def adapters_root(self) -> Path:
+        return self.adapters_dir or self.root / "adapters"
+
+
+def parse_api_keys(values: list[str]) -> dict[str, str]:
+    """Keys as "key" or "user=key"; a key without a user is a user of its own."""
+    keys: dict[str, str] = {}
+    for value in values:
+        user, _, key = value.rpartition("=")
+        keys[key] = user or f"user{len(keys) + 1}"
+    return keys
