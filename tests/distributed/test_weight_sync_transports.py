@@ -26,7 +26,7 @@ from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.sender import Sender
 from vllm.distributed.weight_sync.traffic import Copy, Outgoing
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def on_this_machine(side: list[Manifest], name: str, process: int) -> list[Manifest]:
@@ -83,10 +83,9 @@ class World:
         targets: list[Manifest],
         network: bool = False,
         shared: bool = False,
-        timeout: float = TIMEOUT_S,
     ) -> None:
         self.sources, self.targets = sources, targets
-        self.rendezvous = Rendezvous("127.0.0.1", 0, timeout)
+        self.rendezvous = Rendezvous("127.0.0.1", 0, TIMEOUT_S)
         self.held = [local_tensors(manifest, filled=True) for manifest in sources]
         for rank, manifest in enumerate(sources):
             self.rendezvous.set_manifest("trainer", rank, manifest)
@@ -104,13 +103,16 @@ class World:
             readable = range(len(tensors)) if shared else ()
             traffic = Outgoing(plan, rank, sources, targets, 300, readable, network)
             both = (sources, targets)
-            self.senders.append(Sender(rank, entries, traffic, both, self.rendezvous))
+            # A connection of its own: each waits while another one waits, too.
+            own = Rendezvous(*self.rendezvous.address, TIMEOUT_S)
+            self.senders.append(Sender(rank, entries, traffic, both, own))
 
     def send(self, update: int, pool: ThreadPoolExecutor, **options: Any) -> int:
         """By all ranks; returns how many bytes went to engines."""
         jobs = [pool.submit(s.send, update, **options) for s in self.senders]
-        for job in jobs:
-            job.result()
+        errors = [error for job in jobs if (error := job.exception()) is not None]
+        if errors:
+            raise errors[0]
         return sum(sender.sent_bytes for sender in self.senders)
 
     def commit(self, update: int) -> None:
@@ -300,7 +302,6 @@ def test_a_network_that_breaks() -> None:
     world = World(
         on_this_machine(manifests(Side(), "trainer"), "machine", os.getpid()),
         on_this_machine(manifests(Side(), "engine"), "another", 1),
-        timeout=10,
     )
     with processes(world, updates=3) as (engine,), ThreadPoolExecutor() as pool:
         world.send(1, pool)

@@ -159,7 +159,9 @@ class Receiver:
             raise ConnectionError(f"Trainer rank {self._source} gave the update up.")
 
     def _device(self) -> int:
-        """The number that this process has for the trainer's device."""
+        """The number that this process has for the trainer's device; -1 of a CPU."""
+        if self._location.device == "cpu":
+            return -1
         for index in range(torch.cuda.device_count()):
             uuid = str(torch.cuda.get_device_properties(index).uuid)
             if uuid == self._location.device:
