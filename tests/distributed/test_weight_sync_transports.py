@@ -265,7 +265,9 @@ def assert_arrived(world: World, update: int) -> None:
         assert received(world, rank, update) == expected
 
 
-@pytest.mark.parametrize("machine", ["another", "machine"])
+@pytest.mark.parametrize(
+    "machine", ["another", pytest.param("machine", marks=pytest.mark.slow)]
+)
 def test_a_network(machine: str) -> None:
     """Two trainer ranks and two engine ranks; also updates that fail in between."""
     world = World(
