@@ -48,7 +48,18 @@ SHAPES = {
     "1b": LLAMA_1B,
     "8b": LLAMA_8B,
 }
-KINDS = ("ours", "ours unstaged", "ipc", "nccl", "gloo broadcast", "stall", "copies")
+KINDS = (
+    "ours",
+    "ours unstaged",
+    "ours shared",
+    "ours changed",
+    "ours network",
+    "ipc",
+    "nccl",
+    "gloo broadcast",
+    "stall",
+    "copies",
+)
 
 
 def factory(shape: LlamaShape) -> Callable[..., Llama]:
@@ -105,19 +116,45 @@ def step(model: torch.nn.Module) -> None:
         parameter.mul_(0.999)
 
 
+def change_a_few(model: torch.nn.Module, number: int) -> None:
+    """One of 50 elements, as a step at the learning rates of RL changes of bfloat16."""
+    for parameter in model.parameters():
+        parameter.view(-1)[number::50] *= 1.5
+
+
 def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from vllm import LLM
     from vllm.distributed.weight_sync import WeightSync
 
     model = trainer_of(args)
     llm = LLM(**engine_options(args, folder))
-    staging = "none" if args.child == "ours unstaged" else "shard"
-    sync = WeightSync(model, llm, staging=staging)
-    seconds = median_of(sync.update, args.rounds, args.device == "cuda")
+    unstaged = args.child in ("ours unstaged", "ours shared")
+    if args.child == "ours shared":
+        model.share_memory()
+    sync = WeightSync(
+        model,
+        llm,
+        staging="none" if unstaged else "shard",
+        transport="network" if args.child == "ours network" else "auto",
+    )
+    changed_only = args.child == "ours changed"
+    for _ in range(2 if changed_only else 0):
+        sync.update(changed_only=True)
+    times = []
+    for number in range(args.rounds + 1):
+        if changed_only:
+            change_a_few(model, number)
+        begin = time.perf_counter()
+        sync.update(changed_only=changed_only)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    sent = sync.sent_bytes
     step(model)
     sync.update()
     sync.close()
-    return {"seconds": seconds, "bytes": nbytes_of(model)}
+    found = {"seconds": statistics.median(times[1:]), "bytes": nbytes_of(model)}
+    return found | {"sent": sent}
 
 
 def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -311,6 +348,9 @@ def run_copies(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 RUNNERS = {
     "ours": run_ours,
     "ours unstaged": run_ours,
+    "ours shared": run_ours,
+    "ours changed": run_ours,
+    "ours network": run_ours,
     "ipc": run_peer,
     "nccl": run_peer,
     "gloo broadcast": run_gloo,
@@ -348,7 +388,9 @@ def main() -> None:
     if args.child:
         run_child(args)
         return
-    names = {"cpu": ("ipc", "nccl"), "cuda": ("gloo broadcast",)}[args.device]
+    names = {"cpu": ("ipc", "nccl"), "cuda": ("gloo broadcast", "ours shared")}[
+        args.device
+    ]
     found: dict[str, Any] = {}
     for kind in args.kinds:
         if kind in names or (kind == "ipc" and args.two_gpus):
@@ -383,7 +425,7 @@ def report(found: dict[str, Any]) -> None:
     print(f"{'':16} {'ms':>9} {'GB/s':>8} {'/ ours':>7}")
     for kind, result in found.items():
         for name, seconds in result.items():
-            if name in ("bytes", "failed"):
+            if name in ("bytes", "failed", "sent"):
                 continue
             label = kind if name == "seconds" else name
             rate = (

@@ -26,6 +26,10 @@ from torch import nn
 from vllm.distributed import get_world_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+    CheckpointWeightPatch,
+    load_checkpoint_weight_patches,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -285,3 +289,22 @@ def buckets(weights: Weights, size: int, seed: int = 0) -> list[list[Any]]:
     """A call for each few tensors, in any order."""
     items = shuffled(weights, seed)
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def load_sparse(
+    model: nn.Module, weights: list[tuple[str, torch.Tensor]], old: Weights
+) -> None:
+    """As `sparse_nccl` does with what it has received: the elements that changed."""
+    patches = []
+    for name, tensor in weights:
+        changed = (tensor != old[name]).flatten().nonzero().flatten()
+        patches.append(
+            CheckpointWeightPatch(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                values=tensor.flatten()[changed],
+                indices=changed.int(),
+            )
+        )
+    load_checkpoint_weight_patches(model, patches)

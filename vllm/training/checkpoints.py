@@ -19,7 +19,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.parameters.layout import Layout
-from vllm.training.layouts import divided_parameters
+from vllm.training.layouts import divided_parameters, local_of
 
 
 class TrainingState(Stateful):
@@ -71,7 +71,8 @@ class TrainingState(Stateful):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, layout in divided_parameters(self.module).items():
-            layout.padding_of(self.module.get_parameter(name)).zero_()
+            local = local_of(self.module.get_parameter(name))
+            layout.padding_of(local).zero_()
         if self.optimizer is None:
             return
         # Tensors were loaded in place, but learning rates and other numbers were not.
@@ -90,6 +91,7 @@ def _as_whole(value: Any, layout: Layout | None) -> Any:
     """
     if (
         layout is None
+        or isinstance(value, DTensor)  # knows its layout itself
         or not isinstance(value, torch.Tensor)
         or value.shape != layout.local_shape
     ):

@@ -9,11 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vllm.training.layouts import divided_parameters
+from vllm.model_executor.parallel_context import ParallelContext
+from vllm.training.layouts import divided_parameters, local_of
 
 
 def initialize_parameters(
-    module: nn.Module, initialize: Callable[[str, torch.Tensor], object]
+    module: nn.Module,
+    initialize: Callable[[str, torch.Tensor], object],
+    context: ParallelContext | None = None,
 ) -> None:
     """Give every parameter its initial values, the same for any number of ranks.
 
@@ -22,19 +25,20 @@ def initialize_parameters(
     seed on every rank: `initialize` has to draw the same values on all of them.
 
     Args:
-        module: A model that has vLLM's parallel layers among its own.
+        module: A model with vLLM's parallel layers, Megatron's, or DTensors.
         initialize: Called as `initialize(name, tensor)` for each whole parameter, in
             the order of `named_parameters`, to fill the tensor in place.
+        context: This rank's place, which only Megatron's layers do not know.
 
     """
-    layouts = divided_parameters(module)
+    layouts = divided_parameters(module, context)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            layout = layouts.get(name)
+            layout, local = layouts.get(name), local_of(parameter)
             if layout is None:
-                initialize(name, parameter)
+                initialize(name, local)
                 continue
-            whole = parameter.new_empty(layout.shape)
+            whole = local.new_empty(layout.shape)
             initialize(name, whole)
-            layout.padding_of(parameter).zero_()
-            layout.load(parameter, whole)
+            layout.padding_of(local).zero_()
+            layout.load(local, whole)

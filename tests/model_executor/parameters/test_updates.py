@@ -20,6 +20,7 @@ from update_models import (
     load_iterator,
     load_on_one_rank,
     load_parts,
+    load_sparse,
     one_by_one,
     reload_iterator,
     shuffled,
@@ -100,6 +101,15 @@ def check_failures(served):
     served.apply(load_parts, parts=one_by_one(old)[3:])
     served.assert_refuses(misshaped)
     served.apply(load_parts, parts=one_by_one(old))
+    served.assert_serves(old)
+
+    if "layers.1.qkv.weight" in new:  # packed, so that no old values are left
+        with pytest.raises(Exception, match="A sparse patch came for .*packed"):
+            served.apply(load_sparse, weights=shuffled(new), old=old)
+    else:
+        served.apply(load_sparse, weights=shuffled(new), old=old)
+        served.assert_serves(new)
+        served.apply(load_parts, parts=one_by_one(old))
     served.assert_serves(old)
 
     with pytest.raises(Exception, match="the file system went away"):

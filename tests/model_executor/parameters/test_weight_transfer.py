@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from update_models import addresses, shuffled
+from update_models import addresses, load_sparse, shuffled
 
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import ipc_engine
@@ -15,10 +15,6 @@ from vllm.distributed.weight_transfer.m2n_common import M2NParamMeta
 from vllm.distributed.weight_transfer.m2n_engine import M2NWeightTransferEngine
 from vllm.distributed.weight_transfer.m2n_layout import M2NDestination
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-from vllm.model_executor.model_loader.checkpoint_weight_patch import (
-    CheckpointWeightPatch,
-    load_checkpoint_weight_patches,
-)
 
 pytestmark = pytest.mark.engine
 
@@ -95,23 +91,6 @@ class M2n(M2NWeightTransferEngine):
         buffer.copy_(self._sent[meta.name])
 
 
-def sparse(model, weights, old):
-    """As `sparse_nccl` does with what it has received: the elements that changed."""
-    patches = []
-    for name, tensor in weights:
-        changed = (tensor != old[name]).flatten().nonzero().flatten()
-        patches.append(
-            CheckpointWeightPatch(
-                name=name,
-                shape=tuple(tensor.shape),
-                dtype=tensor.dtype,
-                values=tensor.flatten()[changed],
-                indices=changed.int(),
-            )
-        )
-    load_checkpoint_weight_patches(model, patches)
-
-
 @pytest.fixture
 def served(serve, monkeypatch):
     """An engine in this process, whose transfers need no GPU."""
@@ -142,7 +121,7 @@ def test_each_engine(served):
         served.llm.finish_weight_update()
         served.assert_serves(weights)
 
-    served.apply(sparse, weights=shuffled(new), old=old)
+    served.apply(load_sparse, weights=shuffled(new), old=old)
     served.assert_serves(new)
     assert served.apply(addresses) == before
 

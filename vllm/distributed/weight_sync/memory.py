@@ -18,7 +18,6 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 PAUSE_S = 20e-6  # between two looks at a counter
 CHECK_S = 0.2  # between two looks whether the other process is there
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SharedMemory:
@@ -63,24 +62,29 @@ class Progress:
         filled: int64 `[1]`. It grows by one when tensors may be read where they lie,
             and by one for each bucket; `-n` if update n was given up.
         exported: int64 `[1]`, the update in which tensors were last exported.
+        summed: int64 `[1]`, the update of which the checksums of tensors that are read
+            where they lie are known.
         emptied: int64 `[readers]`, as `filled`, of what each target has read.
         checksums: int64 `[blocks]`, of what was sent last.
+        changed: int64 `[blocks]`, how many of its elements were sent, or `WHOLE`.
 
     """
 
     filled: torch.Tensor
     exported: torch.Tensor
+    summed: torch.Tensor
     emptied: torch.Tensor
     checksums: torch.Tensor
+    changed: torch.Tensor
 
     @staticmethod
     def size(readers: int, blocks: int) -> int:
-        return 8 * (2 + readers + blocks)
+        return 8 * (3 + readers + 2 * blocks)
 
     @classmethod
     def view(cls, memory: torch.Tensor, readers: int, blocks: int) -> Progress:
         numbers = memory[: cls.size(readers, blocks)].view(torch.int64)
-        return cls(*numbers.split([1, 1, readers, blocks]))
+        return cls(*numbers.split([1, 1, 1, readers, blocks, blocks]))
 
 
 def wait_until(
@@ -116,24 +120,21 @@ def require_running(processes: Iterable[int]) -> None:
             raise ConnectionError(f"Process {process} at the other end has ended.")
 
 
-def checksum(block: torch.Tensor) -> torch.Tensor:
-    """The sum of a block's bits as integers, int64 `[]`, in any order of its rows.
+def export_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """What another process needs to map `tensor`, as JSON.
 
-    Words of 8 bytes are summed where the last axis has whole ones: a sum costs as much
-    for each number, whatever its size. So it depends on the shape, not on the strides.
+    On a CPU, its storage is in shared memory: of `share_memory_()`.
     """
-    size = block.dtype.itemsize
-    items = 8 // size  # in a word
-    if block.dim() == 0 or block.shape[-1] % items:
-        return block.view(_INTEGERS[size]).sum(dtype=torch.int64)
-    places = (block.storage_offset(), *block.stride()[:-1])
-    if block.stride(-1) != 1 or any(place % items for place in places):
-        block = block.clone(memory_format=torch.contiguous_format)
-    return block.view(torch.int64).sum()
-
-
-def export_cuda(tensor: torch.Tensor) -> dict[str, Any]:
-    """What another process needs to map `tensor`, as JSON."""
+    if tensor.device.type == "cpu":
+        # The descriptor that the storage has. It stays open as long as the storage is.
+        fd, _ = tensor.untyped_storage()._share_fd_cpu_()
+        return {
+            "path": f"/proc/{os.getpid()}/fd/{fd}",
+            "size": list(tensor.shape),
+            "stride": list(tensor.stride()),
+            "offset": tensor.storage_offset(),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+        }
     _, arguments = reduce_tensor(tensor)
     (_, size, stride, offset, _, dtype, _, handle, nbytes, start, _, *counters) = (
         arguments
@@ -150,15 +151,27 @@ def export_cuda(tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def import_cuda(exported: dict[str, Any], device: int) -> torch.Tensor:
-    """The tensor that `export_cuda` of another process describes, on `device`."""
+def import_tensor(exported: dict[str, Any], device: int) -> torch.Tensor:
+    """The tensor that `export_tensor` of another process describes.
+
+    Args:
+        exported: The description.
+        device: The number that this process has for the device of a CUDA tensor.
+
+    """
+    dtype = getattr(torch, exported["dtype"])
+    if "path" in exported:
+        memory = map_shared(exported["path"])
+        memory = memory[: len(memory) // dtype.itemsize * dtype.itemsize]
+        places = exported["size"], exported["stride"], exported["offset"]
+        return memory.view(dtype).as_strided(*places)
     return rebuild_cuda_tensor(
         torch.Tensor,
         torch.Size(exported["size"]),
         tuple(exported["stride"]),
         exported["offset"],
         torch.UntypedStorage,
-        getattr(torch, exported["dtype"]),
+        dtype,
         device,
         _decoded(exported["handle"]),
         exported["nbytes"],

@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from vllm.distributed.weight_sync.blocks import copy_block
+from vllm.distributed.weight_sync.delta import read_block
 from vllm.distributed.weight_sync.manifest import Location
 from vllm.distributed.weight_sync.memory import (
     Progress,
-    checksum,
-    import_cuda,
+    import_tensor,
     map_shared,
     wait_until,
 )
+from vllm.distributed.weight_sync.network import NetworkReceiver, require_equal
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.sender import LOCAL
 from vllm.distributed.weight_sync.traffic import Copy, Ring
@@ -59,7 +61,7 @@ class Receiver:
         if self._reads_buckets:
             self._emptied = self._progress.emptied[list(ring.readers).index(rank)]
             if "device_buckets" in address:
-                self._buckets = import_cuda(address["device_buckets"], self._device())
+                self._buckets = import_tensor(address["device_buckets"], self._device())
             else:
                 self._buckets = map_shared(address["buckets"])
 
@@ -78,20 +80,36 @@ class Receiver:
         tick = ring.first_tick(update) + 1
         try:
             self._wait_for(tick, update, deadline)
-            self._receive_direct(self._by_bucket.get(-1, []), room)
+            self._receive_direct(self._by_bucket.get(-1, []), update, room, deadline)
             for number in range(ring.buckets if self._reads_buckets else 0):
                 tick += 1
                 self._wait_for(tick, update, deadline)
                 slot = ring.slot(self._buckets, number)
                 copies = self._by_bucket.get(number, [])
-                parts = [copy.block.of_bucket(slot) for copy in copies]
-                self._copy(copies, parts, room)
+                indices = [copy.block_index for copy in copies]
+                counts = self._progress.changed[indices].tolist()
+                sums = [
+                    read_block(
+                        copy.block,
+                        copy.block.bytes_in(slot),
+                        changed,
+                        room(copy),
+                    )
+                    for copy, changed in zip(copies, counts, strict=True)
+                ]
+                self._compare(copies, sums)
                 self._emptied.fill_(tick)
         finally:
-            if self._reads_buckets:  # also if this failed: the trainer need not wait
-                self._emptied.fill_(ring.first_tick(update + 1))
+            self.skip(update)  # what is left if this failed
 
-    def _receive_direct(self, copies: list[Copy], room: Room) -> None:
+    def skip(self, update: int) -> None:
+        """Read nothing of an update; the trainer need not wait."""
+        if self._reads_buckets:
+            self._emptied.fill_(self._ring.first_tick(update + 1))
+
+    def _receive_direct(
+        self, copies: list[Copy], update: int, room: Room, deadline: float
+    ) -> None:
         if not copies:
             return
         if self._location.process == os.getpid():
@@ -105,36 +123,34 @@ class Receiver:
             found = self._rendezvous.get(f"tensors/{self._source}")
             device = self._device()
             self._tensors = {
-                int(shard): import_cuda(values, device)
+                int(shard): import_tensor(values, device)
                 for shard, values in found.items()
             }
             self._exported = exported
-        parts = [copy.block.of_source(self._tensors[copy.shard]) for copy in copies]
-        self._copy(copies, parts, room)
+        tensors = self._tensors
+        sums = [
+            copy_block(room(copy), copy.block.of_source(tensors[copy.shard]))
+            for copy in copies
+        ]
+        self._wait(lambda: int(self._progress.summed) >= update, update, deadline)
+        self._compare(copies, sums)
 
-    def _copy(self, copies: list[Copy], parts: list[torch.Tensor], room: Room) -> None:
-        """Copy, and compare with what was sent."""
-        if not copies:
-            return
-        sums = []
-        for copy, part in zip(copies, parts, strict=True):
-            place = room(copy)
-            place.copy_(part)
-            sums.append(checksum(place))
-        indices = torch.tensor([copy.block_index for copy in copies])
-        found = torch.stack(sums).to("cpu")  # waits for the device
-        differ = (found != self._progress.checksums[indices]).nonzero().flatten()
-        if len(differ):
-            raise ValueError(
-                f"{len(differ)} of {len(copies)} blocks from trainer rank "
-                f"{self._source} did not arrive as they were sent. Do not change the "
-                "model's weights before WeightSync.update() returns."
-            )
+    def _compare(self, copies: list[Copy], sums: list[torch.Tensor]) -> None:
+        """Raise ValueError unless what was copied is what was sent."""
+        if copies:
+            indices = torch.tensor([copy.block_index for copy in copies])
+            sent = self._progress.checksums[indices]
+            require_equal(torch.stack(sums), sent, self._source)
 
     def _wait_for(self, tick: int, update: int, deadline: float) -> None:
         filled = self._progress.filled
+        self._wait(lambda: int(filled) >= tick, update, deadline)
+
+    def _wait(self, ready: Callable[[], bool], update: int, deadline: float) -> None:
+        """Until `ready()`, or until the trainer gives the update up."""
+        filled = self._progress.filled
         wait_until(
-            lambda: int(filled) >= tick or int(filled) == -update,
+            lambda: ready() or int(filled) == -update,
             deadline,
             f"trainer rank {self._source} to send",
             [self._location.process],
@@ -143,9 +159,34 @@ class Receiver:
             raise ConnectionError(f"Trainer rank {self._source} gave the update up.")
 
     def _device(self) -> int:
-        """The number that this process has for the trainer's device."""
+        """The number that this process has for the trainer's device; -1 of a CPU."""
+        if self._location.device == "cpu":
+            return -1
         for index in range(torch.cuda.device_count()):
             uuid = str(torch.cuda.get_device_properties(index).uuid)
             if uuid == self._location.device:
                 return index
         raise RuntimeError(f"The trainer's device {self._location.device} is not here.")
+
+
+def receiver_of(
+    rank: int, source: int, location: Location, rendezvous: Rendezvous
+) -> Receiver | NetworkReceiver:
+    """What receives in the way that the trainer rank has chosen."""
+    links = rendezvous.get(f"address/{source}")["links"]
+    if str(rank) in links:
+        return NetworkReceiver(rank, source, links[str(rank)], rendezvous)
+    return Receiver(rank, source, location, rendezvous)
+
+
+def receive_all(
+    receivers: Sequence[Receiver | NetworkReceiver], update: int, room: Room
+) -> None:
+    """Receive an update from all trainer ranks. If one fails, no other has to wait."""
+    for index, receiver in enumerate(receivers):
+        try:
+            receiver.receive(update, room)
+        except BaseException:
+            for later in receivers[index + 1 :]:
+                later.skip(update)
+            raise

@@ -41,7 +41,7 @@ class Rendezvous:
             listener = socket.create_server((host, 0))
             port = listener.getsockname()[1]
         try:
-            self._store = TCPStore(
+            self.store = TCPStore(
                 host,
                 port,
                 is_master=listener is not None,
@@ -53,10 +53,10 @@ class Rendezvous:
             raise ConnectionError(
                 f"The trainer's store at {host}:{port} cannot be reached: {error}"
             ) from error
-        self.address = (host, self._store.port)
+        self.address = (host, self.store.port)
 
     def set(self, key: str, value: Any) -> None:
-        self._store.set(key, json.dumps(value))
+        self.store.set(key, json.dumps(value))
 
     def get(self, key: str, check: Callable[[], None] = lambda: None) -> Any:
         """Wait for `key`, and call `check` from time to time, which may raise.
@@ -72,8 +72,8 @@ class Rendezvous:
         deadline = time.monotonic() + self.timeout
         while True:
             try:
-                self._store.wait([key], timedelta(seconds=min(self.timeout, SLICE_S)))
-                return self._store.get(key)
+                self.store.wait([key], timedelta(seconds=min(self.timeout, SLICE_S)))
+                return self.store.get(key)
             except DistNetworkError as error:
                 raise ConnectionError(f"The trainer is gone: {error}") from error
             except DistStoreError as error:
@@ -84,11 +84,11 @@ class Rendezvous:
                     ) from error
 
     def forget(self, key: str) -> None:
-        self._store.delete_key(key)
+        self.store.delete_key(key)
 
     def set_manifest(self, side: str, rank: int, manifest: Manifest) -> None:
         text = base64.b64encode(manifest.to_bytes()).decode()
-        self._store.set(f"{side}/{rank}", text)
+        self.store.set(f"{side}/{rank}", text)
 
     def get_manifests(self, side: str, size: int) -> list[Manifest]:
         return [

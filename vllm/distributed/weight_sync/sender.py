@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
+from vllm.distributed.weight_sync.blocks import Sums, sum_block
+from vllm.distributed.weight_sync.delta import WHOLE, Deltas, nbytes_of
 from vllm.distributed.weight_sync.manifest import Manifest
 from vllm.distributed.weight_sync.memory import (
     Progress,
     SharedMemory,
-    checksum,
-    export_cuda,
+    export_tensor,
     wait_until,
 )
+from vllm.distributed.weight_sync.network import Links, backend_of
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.traffic import SLOTS, Block, Outgoing
 from vllm.model_executor.parameters.names import Entry
 
+LISTED = 8
 # By port of the rendezvous and rank: the tensors that an engine in this process reads.
 LOCAL: dict[tuple[int, int], Sequence[Entry]] = {}
 
@@ -35,9 +38,11 @@ class Sender:
         rank: This trainer rank's number.
         entries: Its tensors, in the order of its manifest.
         outgoing: Its part of the traffic.
-        targets: The manifests of all engine ranks.
+        manifests: Of all trainer ranks and of all engine ranks.
         rendezvous: Where other processes learn what to map.
 
+    `committed` is the last update that all engines have committed, and `sent_bytes` how
+    many bytes went to engine ranks in the last update.
     """
 
     def __init__(
@@ -45,13 +50,18 @@ class Sender:
         rank: int,
         entries: Sequence[Entry],
         outgoing: Outgoing,
-        targets: Sequence[Manifest],
+        manifests: tuple[Sequence[Manifest], Sequence[Manifest]],
         rendezvous: Rendezvous,
     ) -> None:
         self._rank = rank
         self._entries = entries
         self._outgoing = outgoing
         self._rendezvous = rendezvous
+        self.committed = 0
+        self.sent_bytes = 0
+        self._deltas = Deltas()
+        self._totals: list[tuple[int, torch.Tensor]] = []  # by shard
+        sources, targets = manifests
         ring = self._ring = outgoing.ring
         self._processes = {targets[r].location.process for r in ring.readers}
         here = {r for r, m in enumerate(targets) if m.location.process == os.getpid()}
@@ -68,76 +78,144 @@ class Sender:
         address: dict[str, Any] = {"counters": counters.path, "ring": asdict(ring)}
         if outgoing.buckets:
             self._buckets = self._make_buckets(address)
+        here_is = sources[rank].location
+        links = {
+            target: (buckets, backend_of(here_is, targets[target].location))
+            for target, buckets in outgoing.links.items()
+        }
+        self._links = Links(rank, links, entries[0].local_tensor.device, rendezvous)
+        address["links"] = {str(t): backend for t, (_, backend) in links.items()}
         rendezvous.set(f"address/{rank}", address)
         for target in range(len(targets)):
             rendezvous.set(f"copies/{rank}/{target}", outgoing.copies(target))
         LOCAL[rendezvous.address[1], rank] = entries
 
     def close(self) -> None:
+        self._links.close()
         del LOCAL[self._rendezvous.address[1], self._rank]
         for memory in self._memories:
             memory.close()
 
     @torch.no_grad()
-    def send(self, update: int) -> None:
-        """Send everything once.
+    def send(self, update: int, changed_only: bool = False) -> None:
+        """Send everything once, or of what travels in buckets only what changed.
+
+        It is everything, too, if the update before was not committed by all engines.
 
         Raises:
-            TimeoutError: an engine did not empty a bucket in time.
-            ConnectionError: an engine's process has ended.
+            ValueError: a tensor has values that are not finite.
+            TimeoutError: an engine did not read in time.
+            ConnectionError: an engine's process has ended, or a link to it broke.
 
         """
-        progress, outgoing = self._progress, self._outgoing
-        deadline = time.monotonic() + self._rendezvous.timeout
-        tick = self._ring.first_tick(update)
-        progress.emptied.fill_(tick)  # of an update that was given up, not all was read
+        progress = self._progress
+        self._deltas.begin(update, self.committed, changed_only)
+        self._totals.clear()
+        self.sent_bytes = 0
+        # Of an update that was given up, not all was read.
+        progress.emptied.fill_(self._ring.first_tick(update))
         try:
+            self._links.connect(update, self.committed)
             self._show(update)
-            progress.filled[0] = tick = tick + 1
-            for number, bucket in enumerate(outgoing.buckets):
-                read = tick - SLOTS  # what has to be read before the slot is free
-                wait_until(
-                    lambda read=read: bool((progress.emptied > read).all()),  # type: ignore[misc]
-                    deadline,
-                    "an engine to read what was sent",
-                    self._processes,
-                )
-                slot = self._ring.slot(self._buckets, number)
-                sent = [block.of_bucket(slot) for block in bucket]
-                for block, room in zip(bucket, sent, strict=True):
-                    room.copy_(block.of_source(self._local(block)))
-                self._note_checksums(bucket, sent)
-                progress.filled[0] = tick = tick + 1
+            self._fill_buckets(update)
+            self._links.send(self._write)
+            self._require_finite()
         except BaseException:
             progress.filled[0] = -update
+            self._links.give_up(update)
             raise
 
     def _show(self, update: int) -> None:
         """Let engines read blocks where they lie, and map them anew if they moved."""
+        outgoing, progress = self._outgoing, self._progress
         tensors = [self._local(block) for block in self._shown]
         addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses != self._exported:
             exported = {
-                str(block.shard): export_cuda(tensor)
+                str(block.shard): export_tensor(tensor)
                 for block, tensor in zip(self._shown, tensors, strict=True)
             }
             self._rendezvous.set(f"tensors/{self._rank}", exported)
             self._exported = addresses
-            self._progress.exported[0] = update
-        parts = [
-            block.of_source(tensor)
-            for block, tensor in zip(self._shown, tensors, strict=True)
-        ]
-        self._note_checksums(self._shown, parts)
-        if self._outgoing.direct and self._local(self._outgoing.direct[0]).is_cuda:
+            progress.exported[0] = update
+        if outgoing.direct and self._local(outgoing.direct[0]).is_cuda:
             torch.cuda.current_stream().synchronize()  # the optimizer's step
+        progress.filled[0] = self._ring.first_tick(update) + 1
+        # While they read, what they compare with afterwards.
+        sums = [sum_block(self._source(block)) for block in outgoing.direct]
+        self._note_checksums(outgoing.direct, sums, [WHOLE] * len(sums))
+        progress.summed[0] = update
 
-    def _note_checksums(self, blocks: list[Block], parts: list[torch.Tensor]) -> None:
+    def _fill_buckets(self, update: int) -> None:
+        progress = self._progress
+        deadline = time.monotonic() + self._rendezvous.timeout
+        tick = self._ring.first_tick(update) + 1
+        for number, bucket in enumerate(self._outgoing.buckets):
+            read = tick - SLOTS  # what has to be read before the slot is free
+            wait_until(
+                lambda read=read: bool((progress.emptied > read).all()),  # type: ignore[misc]
+                deadline,
+                "an engine to read what was sent",
+                self._processes,
+            )
+            slot = self._ring.slot(self._buckets, number)
+            written = [
+                self._deltas.write(block, self._source(block), block.bytes_in(slot))
+                for block in bucket
+            ]
+            self._note_checksums(
+                bucket, [w.sums for w in written], [w.changed for w in written]
+            )
+            progress.filled[0] = tick = tick + 1
+
+    def _note_checksums(
+        self, blocks: Sequence[Block], sums: Sequence[Sums], changed: Sequence[int]
+    ) -> None:
+        """Say what was sent of `blocks`."""
         if not blocks:
             return
-        sums = torch.stack([checksum(part) for part in parts])
+        checksums = torch.stack([each.checksum() for each in sums])
         indices = torch.tensor([block.index for block in blocks])
-        self._progress.checksums[indices] = sums.to("cpu")  # waits for the device
+        self._progress.checksums[indices] = checksums.to("cpu")  # waits for the device
+        self._progress.changed[indices] = torch.tensor(changed)
+        for block, each, count in zip(blocks, sums, changed, strict=True):
+            self._count(block, each, count)
+
+    def _write(self, block: Block, room: torch.Tensor) -> tuple[int, int]:
+        """Write a block for the network."""
+        changed, sums = self._deltas.write(block, self._source(block), room)
+        self._count(block, sums, changed)
+        return changed, int(sums.checksum())
+
+    def _count(self, block: Block, sums: Sums, changed: int) -> None:
+        self._totals.append((block.shard, sums.total()))
+        self.sent_bytes += nbytes_of(block, changed) * len(block.pieces)
+
+    def _require_finite(self) -> None:
+        """Raise ValueError that names tensors with an infinity or no number."""
+        if not self._totals:
+            return
+        totals = torch.stack([total for _, total in self._totals]).to("cpu")
+        # The sum of finite values may overflow: what is not finite is looked at again.
+        odd = [self._totals[i][0] for i in (~torch.isfinite(totals)).nonzero()]
+        dtypes = {block.shard: block.dtype for block in self._outgoing.blocks()}
+        found = [
+            self._entries[shard].name
+            for shard in dict.fromkeys(odd)
+            if not torch.isfinite(
+                self._entries[shard].local_tensor.to(dtypes[shard])
+            ).all()
+        ]
+        if found:
+            raise ValueError(
+                f"{len(found)} tensors have values that are not finite: "
+                f"{', '.join(found[:LISTED])}. Look at the trainer's loss and "
+                "gradients."
+            )
+
+    def _source(self, block: Block) -> torch.Tensor:
+        """The block in this rank's tensor as it is now."""
+        return block.of_source(self._local(block))
 
     def _local(self, block: Block) -> torch.Tensor:
         return self._entries[block.shard].local_tensor
@@ -147,7 +225,7 @@ class Sender:
         if self._outgoing.on_device:
             device = self._local(self._outgoing.buckets[0][0]).device
             buckets = torch.empty(size, dtype=torch.uint8, device=device)
-            address["device_buckets"] = export_cuda(buckets)
+            address["device_buckets"] = export_tensor(buckets)
             return buckets
         memory = SharedMemory(size)
         self._memories.append(memory)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -54,6 +55,9 @@ class WeightSync:
         staging: "shard" receives beside the weights that serve, while they serve.
             "none" pauses first and writes into them; if that fails, the engine refuses
             requests until an update succeeds.
+        transport: "auto" goes by memory that trainer and engine rank share, and by
+            network where they are on different machines. "network" always goes by
+            network between processes, for machines that let them share none.
         bucket_bytes: How much of a rank's tensors is copied at a time.
         timeout: Seconds for any wait.
 
@@ -71,12 +75,17 @@ class WeightSync:
         parallel_context: ParallelContext | None = None,
         mode: Mode = "keep",
         staging: Literal["shard", "none"] = "shard",
+        transport: Literal["auto", "network"] = "auto",
         bucket_bytes: int = BUCKET_BYTES,
         timeout: float = TIMEOUT_S,
     ) -> None:
         if staging not in ("shard", "none"):
             raise ValueError(
                 f'WeightSync got staging={staging!r}; expected "shard" or "none".'
+            )
+        if transport not in ("auto", "network"):
+            raise ValueError(
+                f'WeightSync got transport={transport!r}; expected "auto" or "network".'
             )
         several = dist.is_initialized()
         self._rank = dist.get_rank() if several else 0
@@ -87,6 +96,7 @@ class WeightSync:
         self._device = next(model.parameters()).device
         self._mode: Mode = mode
         self._staged = staging == "shard"
+        self._network = transport == "network"
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout
         self._version = 0
@@ -94,8 +104,20 @@ class WeightSync:
         self._rendezvous: Rendezvous | None = None
         self._sender: Sender | None = None
 
-    def update(self) -> int:
+    @property
+    def sent_bytes(self) -> int:
+        """How many bytes of this rank's tensors engine ranks got in the last update."""
+        return 0 if self._sender is None else self._sender.sent_bytes
+
+    def update(self, *, changed_only: bool = False) -> int:
         """Bring the weights as they are now into the engines.
+
+        Args:
+            changed_only: Send only elements that changed in the engine's dtype, with
+                the same result to the bit. It is for what travels in buckets: what an
+                engine reads where it lies is copied whole, and so is everything in the
+                first update and in that after a failure. Each rank keeps a copy of what
+                it sends, in the engine's dtype.
 
         Returns:
             The number of the update, from 1: the engines' weight version.
@@ -114,7 +136,7 @@ class WeightSync:
         try:
             if self._rank == 0:
                 self._begin(update)
-            self._sender.send(update)
+            self._sender.send(update, changed_only)
         except Exception as error:
             failure = f"trainer rank {self._rank}: {type(error).__name__}: {error}"
             cause = error
@@ -126,6 +148,7 @@ class WeightSync:
             raise RuntimeError(
                 f"Update {update} of the weights failed: {failure}"
             ) from cause
+        self._sender.committed = update
         return update
 
     def close(self) -> None:
@@ -170,10 +193,18 @@ class WeightSync:
         ]
         self._engine_ranks = engine_ranks
         plan = Plan(sources, targets)
-        traffic = Outgoing(plan, self._rank, sources, targets, self._bucket_bytes)
-        self._sender = Sender(
-            self._rank, self._names.held, traffic, targets, rendezvous
+        held = self._names.held
+        tensors = [entry.local_tensor for entry in held]
+        traffic = Outgoing(
+            plan,
+            self._rank,
+            sources,
+            targets,
+            self._bucket_bytes,
+            shared={i for i, t in enumerate(tensors) if _is_shared(t)},
+            network=self._network,
         )
+        self._sender = Sender(self._rank, held, traffic, (sources, targets), rendezvous)
 
     # ---- The first rank
 
@@ -243,6 +274,11 @@ class WeightSync:
             if said:
                 failures.append(said)
         return failures
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    """Whether other processes of the machine can map it."""
+    return tensor.device.type == "cpu" and tensor.is_shared()
 
 
 def _as_list(engine: Engines | None) -> list[LLM | AsyncLLM | str]:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""How the blocks of a plan travel: read where they lie, or in buckets.
+"""How the blocks of a plan travel: read where they lie, in buckets, or by network.
 
 A source decides, and tells each target what to copy from where to where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from vllm.model_executor.parameters.layout import view_of
 
 ALIGNMENT = 64  # bytes
 SLOTS = 2  # buckets in flight
+DIRECT, BUCKETS = -1, -2  # ways of a block that is not sent to one target
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,9 @@ class Block:
         """The block, as a view of the source's local tensor."""
         return view_of(tensor, self.start, self.sizes)
 
-    def of_bucket(self, memory: torch.Tensor) -> torch.Tensor:
-        """The block in a bucket's bytes, uint8 `[bytes]`."""
-        flat = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return flat.view(self.sizes)
+    def bytes_in(self, bucket: torch.Tensor) -> torch.Tensor:
+        """The block's own part, uint8 `[nbytes]`, of a bucket's bytes."""
+        return bucket[self.offset : self.offset + self.nbytes]
 
 
 class Copy(NamedTuple):
@@ -121,9 +121,12 @@ class Outgoing:
         sources: The manifests of the trainer's ranks.
         targets: Those of the engine's ranks.
         limit: How many bytes a bucket may have, if no single row has more.
+        shared: Which of the source's shards lie in shared memory of a CPU.
+        network: Whether even processes of one machine use the network.
 
     `direct` are the blocks that targets read in the source's own memory, `buckets`
-    the others. `on_device` says whether buckets lie in the source's device memory.
+    those for other targets of the machine, and `links`, by target, those that the
+    network carries. `on_device` says whether `buckets` lie in the source's device.
     """
 
     def __init__(
@@ -133,18 +136,27 @@ class Outgoing:
         sources: Sequence[Manifest],
         targets: Sequence[Manifest],
         limit: int,
+        shared: Collection[int] = (),
+        network: bool = False,
     ) -> None:
         here = sources[source].location
         shards = sources[source].shards
         found: dict[tuple[Any, ...], list[Piece]] = {}
         for piece in plan.pieces(source):
-            same_dtype = shards[piece.source_shard].layout.dtype == piece.dtype
-            direct = is_read_directly(here, targets[piece.target].location, same_dtype)
-            key = (direct, piece.source_shard, piece.source_start, piece.sizes)
+            there = targets[piece.target].location
+            far = here.machine != there.machine
+            far |= network and here.process != there.process
+            direct = not far and is_read_directly(
+                here,
+                there,
+                same_dtype=shards[piece.source_shard].layout.dtype == piece.dtype,
+                shared=piece.source_shard in shared,
+            )
+            way = DIRECT if direct else piece.target if far else BUCKETS
+            key = (way, piece.source_shard, piece.source_start, piece.sizes)
             found.setdefault((*key, piece.dtype), []).append(piece)
-        self.direct: list[Block] = []
-        others: list[Block] = []
-        for (direct, *_), pieces in found.items():
+        by_way: dict[int, list[Block]] = {DIRECT: [], BUCKETS: []}
+        for (way, *_), pieces in found.items():
             first = pieces[0]
             block = Block(
                 first.source_shard,
@@ -153,22 +165,28 @@ class Outgoing:
                 first.dtype,
                 tuple(pieces),
             )
-            (self.direct if direct else others).append(block)
-        self.direct = [replace(b, index=i) for i, b in enumerate(self.direct)]
+            by_way.setdefault(way, []).append(block)
+        direct_blocks, others = by_way.pop(DIRECT), by_way.pop(BUCKETS)
+        self.direct = [replace(b, index=i) for i, b in enumerate(direct_blocks)]
         self.buckets = _fill(others, limit, len(self.direct))
         readers = {piece.target for block in others for piece in block.pieces}
         self.on_device = here.device != "cpu" and all(
             here.device in targets[reader].location.devices for reader in readers
         )
-        blocks = [block for bucket in self.buckets for block in bucket]
+        bucketed = [block for bucket in self.buckets for block in bucket]
         self.ring = Ring(
             len(self.buckets),
-            max((_aligned(b.offset + b.nbytes) for b in blocks), default=0),
+            max((aligned(b.offset + b.nbytes) for b in bucketed), default=0),
             tuple(sorted(readers)),
-            len(self.direct) + len(blocks),
+            len(self.direct) + len(bucketed),
         )
+        self.links: dict[int, list[list[Block]]] = {}
+        index = self.ring.blocks
+        for target in sorted(by_way):
+            self.links[target] = _fill(by_way[target], limit, index)
+            index += sum(map(len, self.links[target]))
         self._copies: dict[int, list[Copy]] = {}
-        for block in (*self.direct, *blocks):
+        for block in self.blocks():
             for piece in block.pieces:
                 copy = Copy(
                     piece.target_shard,
@@ -183,29 +201,36 @@ class Outgoing:
                 )
                 self._copies.setdefault(piece.target, []).append(copy)
 
+    def blocks(self) -> Iterator[Block]:
+        """All blocks, in the order of their indices."""
+        yield from self.direct
+        for buckets in (self.buckets, *self.links.values()):
+            for bucket in buckets:
+                yield from bucket
+
     def copies(self, target: int) -> list[Copy]:
         """What a target copies, in the order in which it is sent."""
         return self._copies.get(target, [])
 
 
-def is_read_directly(source: Location, target: Location, same_dtype: bool) -> bool:
-    """Whether a target reads the source's tensors where they lie.
+def is_read_directly(
+    source: Location, target: Location, same_dtype: bool, shared: bool
+) -> bool:
+    """Whether a target of this machine reads the source's tensor where it lies.
 
-    Raises:
-        ValueError: it can neither do so nor share memory.
+    Args:
+        source: Where the tensor is.
+        target: Who is to read it.
+        same_dtype: Whether the target has the same dtype.
+        shared: Whether the tensor lies in shared memory.
 
     """
-    if source.machine != target.machine:
-        raise ValueError(
-            f"The trainer is on {source.machine.partition('/')[0]} and the engine on "
-            f"{target.machine.partition('/')[0]}: weight sync between machines, or "
-            "containers with process numbers of their own, is not there yet. Use "
-            'weight_transfer_config={"backend": "nccl"} there.'
-        )
     if source.process == target.process:
         return True
+    if source.device == "cpu":
+        return same_dtype and shared
     # A device's memory can be mapped by a process that can reach the device.
-    return same_dtype and source.device != "cpu" and source.device in target.devices
+    return same_dtype and source.device in target.devices
 
 
 def _fill(blocks: Iterable[Block], limit: int, index: int) -> list[list[Block]]:
@@ -220,11 +245,11 @@ def _fill(blocks: Iterable[Block], limit: int, index: int) -> list[list[Block]]:
             bucket = len(buckets) - 1
             buckets[-1].append(replace(block, index=index, bucket=bucket, offset=used))
             index += 1
-            used += _aligned(block.nbytes)
+            used += aligned(block.nbytes)
     return buckets
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -13,7 +13,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_sync.manifest import manifest_of
-from vllm.distributed.weight_sync.receiver import Receiver
+from vllm.distributed.weight_sync.network import NetworkReceiver
+from vllm.distributed.weight_sync.receiver import Receiver, receive_all, receiver_of
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.traffic import Copy
 from vllm.distributed.weight_transfer.base import (
@@ -138,7 +139,7 @@ class _Session:
         manifest = manifest_of(weights.names, device)
         layouts = [shard.layout for shard in manifest.shards]
         self._local = LocalUpdate(weights, layouts, info.staged)
-        self._receivers: list[Receiver] | None = None
+        self._receivers: list[Receiver | NetworkReceiver] | None = None
         self._thread: threading.Thread | None = None
         self._update = 0
         self._rendezvous.set_manifest("engine", rank, manifest)
@@ -175,17 +176,15 @@ class _Session:
         if self._receivers is None:
             self._receivers = self._make_receivers()
         self._local.begin()
-        for receiver in self._receivers:
-            receiver.receive(update, self._room)
-        self._local.check_finite()
+        receive_all(self._receivers, update, self._room)
 
     def _room(self, copy: Copy) -> torch.Tensor:
         return copy.of_target(self._local.room(copy.target_shard))
 
-    def _make_receivers(self) -> list[Receiver]:
+    def _make_receivers(self) -> list[Receiver | NetworkReceiver]:
         sources = self._rendezvous.get_manifests("trainer", self._info.trainer_ranks)
         receivers = [
-            Receiver(self._rank, source, manifest.location, self._rendezvous)
+            receiver_of(self._rank, source, manifest.location, self._rendezvous)
             for source, manifest in enumerate(sources)
         ]
         self._local.check_complete(

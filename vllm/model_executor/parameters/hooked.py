@@ -8,6 +8,7 @@ Such a submodule is filled by its own `load_state_dict`, with all its tensors at
 
 from __future__ import annotations
 
+import io
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,6 +146,13 @@ def tensors_of(
         for leaf, tensor in (owner._parameters | owner._buffers).items():
             if tensor is not None and leaf not in owner._non_persistent_buffers_set:
                 yield path, owner, leaf, tensor
+
+
+def is_empty(value: object) -> bool:
+    """Whether an extra state says nothing."""
+    if isinstance(value, io.BytesIO):
+        return value.getbuffer().nbytes == 0
+    return value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
 
 
 def library_of(value: object) -> str:

@@ -74,7 +74,7 @@ class Layout:
 
     def padding_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows that are in no box: the padding of a vocabulary."""
-        used = max(box.local[0] + box.sizes[0] for box in self.boxes)
+        used = max((box.local[0] + box.sizes[0] for box in self.boxes), default=0)
         return tensor.narrow(0, used, tensor.shape[0] - used)
 
     def load(self, local: torch.Tensor, whole: torch.Tensor) -> None:
@@ -205,11 +205,18 @@ def _dtensor_layout(tensor: DTensor) -> Layout:
         # Every rank has the list: no source rank, no communication.
         here = distribute_tensor(indices, mesh, placements, src_data_rank=None)
         runs.append(_runs(here.to_local().flatten().tolist()))
+    replica = 0  # over all axes of the mesh that do not divide the tensor
+    for place, size, placement in zip(
+        mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=False
+    ):
+        if placement.is_replicate():
+            replica = replica * size + place
     boxes = [
         Box(
             local=tuple(start for start, _, _ in block),
             whole=tuple(start for _, start, _ in block),
             sizes=tuple(size for _, _, size in block),
+            replica=replica,
         )
         for block in itertools.product(*runs)
     ]

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import weakref
 from collections.abc import Collection, Iterable
@@ -22,7 +21,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.parallel_context import ParallelContext
-from vllm.model_executor.parameters.hooked import EXTRA_STATE, load_hooked
+from vllm.model_executor.parameters.hooked import EXTRA_STATE, is_empty, load_hooked
 from vllm.model_executor.parameters.layout import layout_of
 from vllm.model_executor.parameters.names import (
     Entry,
@@ -36,6 +35,7 @@ from vllm.model_executor.parameters.reload import (
     is_packed,
     leave_layerwise_reload,
     packed_layers,
+    refuse_patches,
     repack,
     repack_tied,
 )
@@ -158,7 +158,10 @@ class ModuleWeights:
         if own is None:
             return self.load(weights, source, complete=whole)
         self.update.begin_load()
-        packed = [] if reloads or not self._loaded else list(packed_layers(model))
+        packed = list(packed_layers(model)) if self._loaded else []
+        if packed:
+            refuse_patches(packed[0], ["a model with a load_weights of its own"])
+        packed = [] if reloads else packed
         try:
             for layer in packed:
                 initialize_layerwise_reload(layer)
@@ -225,7 +228,7 @@ class _Load:
             if name in names.extra_states:
                 self._states[name] = whole
             elif not (
-                names.skips_extra_states or name in self._elsewhere or _is_empty(whole)
+                names.skips_extra_states or name in self._elsewhere or is_empty(whole)
             ):
                 self._surplus.append(name)
             return None
@@ -322,6 +325,7 @@ class _Load:
         """Raise ValueError if only a part came of what a layer packed together."""
         for owner in [] if self._first else self._packed:
             names = self._names.packed_together(owner)
+            refuse_patches(owner, [entry.name for entry in names.values()])
             came = [e.name for e in names.values() if id(e) in self._given]
             missing = [e.name for e in names.values() if id(e) not in self._given]
             if missing:
@@ -439,9 +443,3 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
         return False
     first, second = first.reshape(-1), second.to(first.device).reshape(-1)
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-
-
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, io.BytesIO):
-        return value.getbuffer().nbytes == 0
-    return value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)

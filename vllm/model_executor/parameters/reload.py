@@ -12,6 +12,7 @@ used for single layers, of which everything has come.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -134,6 +135,21 @@ def is_loaded_in_place(layer: nn.Module, leaf: str) -> bool:
 def _is_unquantized(layer: nn.Module) -> bool:
     methods = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     return isinstance(getattr(layer, "quant_method", None), methods)
+
+
+def refuse_patches(layer: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError if what comes for a packed layer is only a patch of its weights.
+
+    vLLM's sparse patches have NaN for what is to stay. While it loads them, it puts a
+    function that leaves these elements alone in the place of `torch.Tensor.copy_`,
+    which a packed layer's old weights, that nobody has any more, never meet.
+    """
+    if isinstance(torch.Tensor.copy_, FunctionType):
+        raise ValueError(
+            f"A sparse patch came for {', '.join(names)}, but vLLM has packed the "
+            f"{type(layer).__name__} and keeps no old values to patch. Send whole "
+            "tensors, as by vLLM's nccl backend or by WeightSync."
+        )
 
 
 def repack(layer: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:

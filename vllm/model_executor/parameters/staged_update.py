@@ -83,29 +83,6 @@ class LocalUpdate:
                 self._rooms[index] = local
         return self._rooms[index]
 
-    def check_finite(self) -> None:
-        """Raise ValueError that names tensors with an infinity or no number."""
-        rooms = {
-            index: room
-            for index, room in self._rooms.items()
-            if room.is_floating_point() and room.numel()
-        }
-        if not rooms:
-            return
-        # A sum reads each element once, and makes no tensor of the same size. One of
-        # finite values may overflow, so what is not finite is looked at again.
-        sums = torch.stack([room.sum().float().to("cpu") for room in rooms.values()])
-        found = [
-            self._entries[index].name
-            for (index, room), total in zip(rooms.items(), sums, strict=True)
-            if not torch.isfinite(total) and not torch.isfinite(room).all()
-        ]
-        if found:
-            raise ValueError(
-                f"{len(found)} tensors have values that are not finite: "
-                f"{', '.join(found[:8])}. Look at the trainer's loss and gradients."
-            )
-
     @torch.no_grad()
     def commit(self) -> None:
         """Make what arrived the model's weights, in place."""

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Blocks of tensors, copied once and looked at while they are in a core's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+CHUNK_BYTES = 1 << 20  # stays in a core's cache
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Sums:
+    """What is known of a block whose parts were added."""
+
+    def __init__(self, block: torch.Tensor) -> None:
+        self._words = (
+            block.dim() > 0 and block.shape[-1] * block.dtype.itemsize % 8 == 0
+        )
+        self._bits: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def add(self, part: torch.Tensor, values: bool = True) -> None:
+        """Add some of its elements; their values only if `total` is asked for."""
+        self._bits.append(_sum_bits(part, self._words))
+        if values and part.is_floating_point():
+            # A sum reads each element once, and makes no tensor of the same size.
+            self._values.append(part.sum().float())
+
+    def checksum(self) -> torch.Tensor:
+        """The sum of the block's bits as integers, int64 `[]`."""
+        return torch.stack(self._bits).sum()
+
+    def total(self) -> torch.Tensor:
+        """A number that is finite if all elements are, float32 `[]`.
+
+        If it is not, the elements may still be: their sum overflows.
+        """
+        if not self._values:
+            return torch.zeros((), device=self._bits[0].device)
+        return torch.stack(self._values).sum()
+
+
+def copy_block(place: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Copy a block, and return the checksum of what `place` then holds."""
+    sums = Sums(place)
+    for to, part in chunks(place, block):
+        to.copy_(part)
+        sums.add(to, values=False)
+    return sums.checksum()
+
+
+def sum_block(block: torch.Tensor) -> Sums:
+    """The sums of all of a block."""
+    sums = Sums(block)
+    for (part,) in chunks(block):
+        sums.add(part)
+    return sums
+
+
+def checksum(block: torch.Tensor) -> torch.Tensor:
+    """The sum of a block's bits as integers, int64 `[]`, in any order of its rows.
+
+    Words of 8 bytes are summed where the last axis has whole ones: a sum costs as much
+    for each number, whatever its size. So it depends on the shape, not on the strides.
+    """
+    sums = Sums(block)
+    for (part,) in chunks(block):
+        sums.add(part, values=False)
+    return sums.checksum()
+
+
+def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of the same elements of tensors of one shape, in order.
+
+    On a CPU they fit in a core's cache. Tensors without strides are seen as flat.
+    """
+    first = tensors[0]
+    size = max(tensor.nbytes for tensor in tensors)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    if not on_cpu or first.dim() == 0 or size <= CHUNK_BYTES:
+        yield tensors
+        return
+    if all(tensor.is_contiguous() for tensor in tensors):
+        tensors = tuple(tensor.view(-1) for tensor in tensors)
+    rows = max(1, CHUNK_BYTES * len(tensors[0]) // size)
+    rows = rows // 8 * 8 or rows  # whole words of 8 bytes, if the tensors are flat
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _sum_bits(part: torch.Tensor, words: bool) -> torch.Tensor:
+    size = part.dtype.itemsize
+    if not words:
+        return part.view(INTEGERS[size]).sum(dtype=torch.int64)
+    items = 8 // size  # in a word
+    places = (part.storage_offset(), *part.stride()[:-1])
+    if part.stride(-1) != 1 or any(place % items for place in places):
+        part = part.clone(memory_format=torch.contiguous_format)
+    return part.view(torch.int64).sum()
