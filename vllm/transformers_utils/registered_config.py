@@ -157,11 +157,9 @@ def requested_dtype(
         model and not isinstance(model, _LazyRegisteredModel | _RegisteredModel)
         for model in models
     )
-    named = (getattr(config, key, None) for key in ("dtype", "torch_dtype"))
-    if dtype == "auto" and is_callable:
-        if any(str(name).removeprefix("torch.") == "float32" for name in named):
-            return torch.float32
-    return dtype
+    named = {str(getattr(config, key, None)) for key in ("dtype", "torch_dtype")}
+    names_float32 = not named.isdisjoint({"float32", "torch.float32"})
+    return torch.float32 if dtype == "auto" and is_callable and names_float32 else dtype
 
 
 def is_registered(architectures: list[str] | None) -> bool:
