@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint types docs clean FORCE
+.PHONY: help setup demo rl test test-all lint types docs clean FORCE
 SHELL := /bin/sh
 
 PY := .venv/bin/python
@@ -39,6 +39,9 @@ setup: $(READY)  ## make .venv with the patched vLLM and what the tests need
 demo: $(READY)  ## train, serve and prove a model on real text
 	$(PY) examples/custom_model_training_to_inference.py
 	$(PY) examples/offline_inference/custom_model_with_megatron.py --tensor-parallel-size 1
+
+rl: $(READY)  ## train a model by rewards, with vLLM as its sampler
+	$(PY) examples/rl/grpo.py --expect 0.8
 
 test: lint docs  ## run every check, and the tests that CI runs
 	$(PYTEST) -m "not gpu and not slow"

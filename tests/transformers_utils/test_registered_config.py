@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from vllm import ModelRegistry
 from vllm.config import ModelConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.transformers_utils.registered_config import RegisteredModelConfig
 
 KEYS = {
@@ -89,6 +90,23 @@ def test_a_dtype_is_kept_and_understood(model_dir, dtype, expected):
     config = config_of(model_dir, dtype=dtype)
     assert config.hf_config.dtype == dtype
     assert config.dtype == expected
+
+
+@pytest.mark.parametrize("model_type", [{}, {"model_type": "llama"}])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_auto_is_the_float32_that_a_callables_file_names(model_dir, model_type, key):
+    half = config_of(model_dir, **model_type)
+    assert half.dtype == torch.bfloat16
+    named = {key: "float32"} | model_type
+    assert config_of(model_dir, **named).dtype == torch.float32
+    options = {"dtype": "bfloat16"}
+    assert config_of(model_dir, options=options, **named).dtype == torch.bfloat16
+
+
+def test_auto_of_a_class_is_as_in_vllm(model_dir):
+    ModelRegistry.register_model("TinyModel", LlamaForCausalLM)
+    config = config_of(model_dir, dtype="float32", model_type="llama")
+    assert config.dtype == torch.bfloat16
 
 
 def test_a_dtype_that_torch_does_not_have(model_dir):

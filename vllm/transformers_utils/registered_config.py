@@ -137,6 +137,31 @@ def named_dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dty
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def requested_dtype(
+    config: PretrainedConfig, dtype: str | torch.dtype
+) -> str | torch.dtype:
+    """The option `dtype`; float32 if it is "auto", and so says a callable's file.
+
+    vLLM's "auto" halves float32. A registered callable also trains, and a framework
+    that makes the engine itself gives no dtype, so that only `config.json` can say in
+    which one the two agree. A "module:name" may be a class, which has vLLM's rule.
+    """
+    from vllm.model_executor.models.registry import (
+        ModelRegistry,
+        _LazyRegisteredModel,
+        _RegisteredModel,
+    )
+
+    models = map(ModelRegistry.models.get, config.architectures or ())
+    is_callable = any(
+        model and not isinstance(model, _LazyRegisteredModel | _RegisteredModel)
+        for model in models
+    )
+    named = {str(getattr(config, key, None)) for key in ("dtype", "torch_dtype")}
+    names_float32 = not named.isdisjoint({"float32", "torch.float32"})
+    return torch.float32 if dtype == "auto" and is_callable and names_float32 else dtype
+
+
 def is_registered(architectures: list[str] | None) -> bool:
     """Whether a user registered one of `architectures`, maybe in place of vLLM's."""
     from vllm.model_executor.models.registry import (

@@ -79,13 +79,14 @@ def find_plan(
 
 
 def _default_plan(part: nn.Module, name: str) -> dict[str, Any]:
-    """The plan that `part` has from the classes of Transformers."""
+    """The plan that `part` has from the classes of Transformers, or inherits."""
     config_cls = type(getattr(part, "config", None))
     plan = dict(getattr(config_cls, f"base_model_{name}", None) or {})
     if plan and name == "tp_plan":
         plan |= TIED_EMBEDDING
-    if type(part).__module__.startswith("transformers."):
-        plan |= getattr(type(part), f"_{name}", None) or {}
+    for cls in type(part).__mro__:
+        if cls.__module__.startswith("transformers."):
+            return plan | (getattr(cls, f"_{name}", None) or {})
     return plan
 
 

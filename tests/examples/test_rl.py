@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""examples/rl/grpo.py: the same curve again, also over a checkpoint, and by FSDP2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+PROGRAM = str(Path(__file__).parents[2] / "examples" / "rl" / "grpo.py")
+SMALL = ["--prompts=8", "--n=4", "--held-out=8", "--pretrain-steps=3", "--save-every=2"]
+
+
+def curve(directory: Path, *options: str, ranks: int = 1) -> list[tuple[float, float]]:
+    """Reward and entropy of each step."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*launcher, PROGRAM, f"--output-dir={directory}", *SMALL, *options],
+        env={k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    lines = (directory / "log.jsonl").read_text().splitlines()
+    return [(row["reward"], row["entropy"]) for row in map(json.loads, lines)]
+
+
+def test_a_resumed_run_has_the_same_curve(tmp_path):
+    whole = curve(tmp_path / "whole", "--steps=4")
+    curve(tmp_path / "parts", "--steps=2")
+    assert curve(tmp_path / "parts", "--steps=4", "--resume") == whole
+    assert len(whole) == 4 and (tmp_path / "whole" / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_fsdp2_with_an_engine_of_another_layout(tmp_path):
+    assert len(curve(tmp_path, "--steps=2", ranks=2)) == 2
