@@ -206,7 +206,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--algorithm", choices=("grpo", "rloo"), default="grpo")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--prompts", type=int, default=32, help="in a step")
     parser.add_argument("--n", type=int, default=16, help="answers to a prompt")
     parser.add_argument("--epochs", type=int, default=1, help="of each batch")
