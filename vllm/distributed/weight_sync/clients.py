@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Protocol
 
 import requests
@@ -36,7 +36,8 @@ class Client(Protocol):
 
     def pause(self, mode: Mode) -> None: ...
 
-    def finish(self, version: str) -> None: ...
+    def finish(self, version: str | None) -> None:
+        """Let all ranks commit or discard; no version: the one before stays."""
 
     def clear_caches(self) -> None: ...
 
@@ -75,13 +76,13 @@ class LLMClient:
         self._llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
 
     def begin(self, update: int) -> None:
-        self._llm.start_weight_update()
+        _start(self._llm.start_weight_update, lambda: self.finish(None))
         self._llm.update_weights(WeightTransferUpdateRequest({"update": update}))
 
     def pause(self, mode: Mode) -> None:
         pass
 
-    def finish(self, version: str) -> None:
+    def finish(self, version: str | None) -> None:
         self._llm.finish_weight_update(**_version(self._llm, version))
 
     def clear_caches(self) -> None:
@@ -125,7 +126,10 @@ class AsyncLLMClient:
         self._run(self._engine.init_weight_transfer_engine(request))
 
     def begin(self, update: int) -> None:
-        self._run(self._engine.start_weight_update())
+        _start(
+            lambda: self._run(self._engine.start_weight_update()),
+            lambda: self.finish(None),
+        )
         request = WeightTransferUpdateRequest({"update": update})
         self._run(self._engine.update_weights(request))
 
@@ -133,7 +137,7 @@ class AsyncLLMClient:
         self._mode = mode
         self._run(self._engine.pause_generation(mode=mode, clear_cache=False))
 
-    def finish(self, version: str) -> None:
+    def finish(self, version: str | None) -> None:
         self._run(self._engine.finish_weight_update(**_version(self._engine, version)))
 
     def clear_caches(self) -> None:
@@ -164,6 +168,7 @@ class HTTPClient:
                 "VLLM_SERVER_DEV_MODE=1, and where only trainers can reach it."
             )
         if not answer.ok:
+            self._session.close()  # the server closes its end after an error
             raise RuntimeError(f"{self._url}{path}: {answer.text.strip()[:500]}")
         return answer.json() if answer.content else None
 
@@ -174,7 +179,10 @@ class HTTPClient:
         self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
 
     def begin(self, update: int) -> None:
-        self._call("POST", "/start_weight_update")
+        _start(
+            lambda: self._call("POST", "/start_weight_update"),
+            lambda: self.finish(None),
+        )
         info = {"update_info": {"update": update}}
         self._call("POST", "/update_weights", json=info)
 
@@ -182,8 +190,8 @@ class HTTPClient:
         self._mode = mode
         self._call("POST", "/pause", params={"mode": mode, "clear_cache": "false"})
 
-    def finish(self, version: str) -> None:
-        self._call("POST", "/finish_weight_update", json={"weight_version": version})
+    def finish(self, version: str | None) -> None:
+        self._call("POST", "/finish_weight_update", json=_given(version))
 
     def clear_caches(self) -> None:
         keep = str(self._mode == "keep").lower()
@@ -195,7 +203,26 @@ class HTTPClient:
         self._call("POST", "/resume")
 
 
-def _version(engine: LLM | AsyncLLM, version: str) -> dict[str, str]:
+def _start(start: Callable[[], None], finish: Callable[[], None]) -> None:
+    """Start an update; a killed trainer may have left one open, which ends first.
+
+    Nothing of that one is committed: the engine forgot it when it met this trainer.
+    """
+    try:
+        start()
+    except Exception as error:
+        try:
+            finish()
+        except Exception:
+            raise error from None  # none was open, so the first says what is wrong
+        start()
+
+
+def _version(engine: LLM | AsyncLLM, version: str | None) -> dict[str, str]:
     """The argument for it, of releases that have one."""
     parameters = inspect.signature(engine.finish_weight_update).parameters
-    return {"weight_version": version} if "weight_version" in parameters else {}
+    return _given(version) if "weight_version" in parameters else {}
+
+
+def _given(version: str | None) -> dict[str, str]:
+    return {} if version is None else {"weight_version": version}

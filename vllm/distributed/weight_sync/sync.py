@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from vllm.distributed.weight_sync.clients import Mode, client_of
+from vllm.distributed.weight_sync.clients import Client, Mode, client_of
 from vllm.distributed.weight_sync.manifest import manifest_of
 from vllm.distributed.weight_sync.memory import require_running
 from vllm.distributed.weight_sync.plan import Plan
@@ -238,20 +238,27 @@ class WeightSync:
         last = update - 1  # all ranks are in this update, so they have read its keys
         for key in (*self._keys(last), f"verdict/{last}", f"done/{last}"):
             rendezvous.forget(key)
-        rendezvous.set(f"verdict/{update}", not failures)
-        try:
-            for client in self._clients if self._staged else ():
-                client.pause(self._mode)
-            for client in self._clients:
-                client.finish(str(update))
-            for client in self._clients:
-                client.clear_caches()
-        except Exception as error:
-            failures.append(f"{type(error).__name__}: {error}")
-        if self._staged or not failures:
-            for client in self._clients:
-                client.resume()
+        if self._staged and not failures:
+            # Before the verdict, so that none commits if one engine is gone.
+            failures += self._call_each(lambda client: client.pause(self._mode))
+        commits = not failures
+        rendezvous.set(f"verdict/{update}", commits)
+        version = str(update) if commits else None
+        failures += self._call_each(lambda client: client.finish(version))
+        if commits:
+            failures += self._call_each(lambda client: client.clear_caches())
+        failures += self._call_each(lambda client: client.resume())
         rendezvous.set(f"done/{update}", "; ".join(failures))
+
+    def _call_each(self, call: Callable[[Client], None]) -> list[str]:
+        """Call every engine, also after one has failed; how those failed."""
+        failures = []
+        for client in self._clients:
+            try:
+                call(client)
+            except Exception as error:
+                failures.append(f"{type(error).__name__}: {error}")
+        return failures
 
     def _keys(self, update: int) -> list[str]:
         """What each rank of both sides says under."""
