@@ -85,8 +85,8 @@ def _load_from_package(directory: Path, reference: str) -> Any:
         digest.update(path.read_bytes())
     package = f"{_PREFIX}{digest.hexdigest()}"  # edited code: another name
     if package not in sys.modules:
-        if _DirectoryCodeFinder not in sys.meta_path:
-            sys.meta_path.insert(0, _DirectoryCodeFinder)
+        if _FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _FINDER)
         spec = ModuleSpec(package, None, is_package=True)
         spec.submodule_search_locations = [str(directory)]
         sys.modules[package] = module_from_spec(spec)
@@ -108,9 +108,8 @@ class _SourceLoader(SourceFileLoader):
 class _DirectoryCodeFinder(MetaPathFinder):
     """Finds the files of a directory that `_load_from_package` took for a package."""
 
-    @classmethod
     def find_spec(
-        cls,
+        self,
         fullname: str,
         path: Sequence[str] | None,
         target: ModuleType | None = None,
@@ -121,6 +120,9 @@ class _DirectoryCodeFinder(MetaPathFinder):
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = _SourceLoader(fullname, spec.loader.path)
         return spec
+
+
+_FINDER = _DirectoryCodeFinder()
 
 
 def model_reference(

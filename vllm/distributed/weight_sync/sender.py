@@ -112,8 +112,6 @@ class Sender:
         self._deltas.begin(update, self.committed, changed_only)
         self._totals.clear()
         self.sent_bytes = 0
-        # Of an update that was given up, not all was read.
-        progress.emptied.fill_(self._ring.first_tick(update))
         try:
             self._links.connect(update, self.committed)
             self._show(update)
@@ -149,11 +147,16 @@ class Sender:
     def _fill_buckets(self, update: int) -> None:
         progress = self._progress
         deadline = time.monotonic() + self._rendezvous.timeout
-        tick = self._ring.first_tick(update) + 1
+        first = self._ring.first_tick(update)
+        tick = first + 1
         for number, bucket in enumerate(self._outgoing.buckets):
             read = tick - SLOTS  # what has to be read before the slot is free
             wait_until(
-                lambda read=read: bool((progress.emptied > read).all()),  # type: ignore[misc]
+                # Of an update that was given up, not all was read. Only engines write
+                # these counters: one may skip this update before it begins here.
+                lambda read=read: bool(  # type: ignore[misc]
+                    (progress.emptied.clamp(min=first) > read).all()
+                ),
                 deadline,
                 "an engine to read what was sent",
                 self._processes,
