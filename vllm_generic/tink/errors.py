@@ -13,3 +13,11 @@ class NotFoundError(UserError):
 
 class BusyError(RuntimeError):
     """A queue is full; the client should send the request again later."""
+
+
+def require_base_model(asked: str | None, served: str) -> None:
+    """Raise UserError unless a client asks for the model that is served."""
+    if asked != served:
+        raise UserError(
+            f"base_model {asked!r} is not served here; this service has {served!r}"
+        )

@@ -4,11 +4,14 @@
 
 import asyncio
 import json
+import logging
 from hashlib import sha256
 from typing import Any
 
 from vllm_generic.tink.errors import NotFoundError, UserError
 from vllm_generic.tink.store import DONE, EXPIRED, FAILED, JSON, PENDING, Row, Store
+
+logger = logging.getLogger(__name__)
 
 
 class Futures:
@@ -60,6 +63,14 @@ class Futures:
         """``category``: "user" for a mistake in the request, else "server"."""
         result = json.dumps({"error": error, "category": category}).encode()
         self._end(key, FAILED, JSON, result)
+
+    def fail_with(self, key: str, error: Exception) -> None:
+        """What an operation raised: a UserError is a mistake in the request."""
+        if isinstance(error, UserError):
+            self.fail(key, str(error), "user")
+            return
+        logger.error("%s failed", key, exc_info=error)
+        self.fail(key, f"{type(error).__name__}: {error}", "server")
 
     def _end(self, key: str, state: str, content_type: str, result: bytes) -> None:
         self._store.finish(key, state, content_type, result)

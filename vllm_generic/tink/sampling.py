@@ -3,7 +3,6 @@
 """Samplers, and the requests to them."""
 
 import asyncio
-import logging
 import time
 
 import numpy as np
@@ -17,12 +16,10 @@ from vllm_generic.tink.backends.base import (
 )
 from vllm_generic.tink.checkpoints import Checkpoints
 from vllm_generic.tink.codec import csr_to_dense, encode_sample_output
-from vllm_generic.tink.errors import BusyError, UserError
+from vllm_generic.tink.errors import BusyError, UserError, require_base_model
 from vllm_generic.tink.futures import Futures
 from vllm_generic.tink.metrics import Metrics
 from vllm_generic.tink.store import PROTOBUF, Row, Store
-
-logger = logging.getLogger(__name__)
 
 SAMPLE = "sample"
 
@@ -84,11 +81,8 @@ class Sampling:
         self._store.open_session(request.session_id, owner)
         if request.model_path is not None:
             self._store.checkpoint(request.model_path, owner)
-        elif request.base_model != self._base_model:
-            raise UserError(
-                f"base_model {request.base_model!r} is not served here; "
-                f"this service has {self._base_model!r}"
-            )
+        else:
+            require_base_model(request.base_model, self._base_model)
         key = f"{request.session_id}:sample:{request.sampling_session_seq_id}"
         if self._store.find("samplers", key) is None:
             self._store.insert(
@@ -148,11 +142,8 @@ class Sampling:
             started = time.monotonic()
             output = await self.sampler.sample(self.adapter(row["queue"]), job)
             self._metrics.operation(SAMPLE, time.monotonic() - started)
-        except UserError as error:
-            self._futures.fail(key, str(error), "user")
         except Exception as error:
-            logger.exception("%s failed", key)
-            self._futures.fail(key, f"{type(error).__name__}: {error}", "server")
+            self._futures.fail_with(key, error)
         else:
             self._metrics.prompt_tokens.inc(len(job.prompt))
             drawn = sum(len(sequence.tokens) for sequence in output.sequences)

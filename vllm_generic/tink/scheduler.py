@@ -119,14 +119,11 @@ class Scheduler:
         """Await ``work``; a failure is the request's result."""
         try:
             return await work
-        except UserError as error:
-            self._futures.fail(step.operation.id, str(error), "user")
         except Exception as error:
-            logger.exception("%s failed", step.operation.id)
-            text = f"{type(error).__name__}: {error}"
-            self._futures.fail(step.operation.id, text, "server")
-            # It may have stopped half-way: the state before it is restored.
-            await self._in_thread(self._training.unload, step.run)
+            self._futures.fail_with(step.operation.id, error)
+            if not isinstance(error, UserError):
+                # It may have stopped half-way: the state before it is restored.
+                await self._in_thread(self._training.unload, step.run)
         return None
 
     async def _forward_backward(self, steps: list[ops.Step]) -> None:

@@ -207,8 +207,8 @@ def submit_sample(service: Service, owner: str, request: requests.TextSample) ->
     async def finish() -> None:
         try:
             service.futures.finish_json(key, await sample(service, owner, request))
-        except UserError as error:
-            service.futures.fail(key, str(error), "user")
+        except Exception as error:
+            service.futures.fail_with(key, error)
 
     service.background(finish())
     return key

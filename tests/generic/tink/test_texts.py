@@ -60,3 +60,16 @@ def test_adapters_from_files(server: TinkServer, service: Any) -> None:
     ):
         answer = post(server, "lora", {"lora_path": path})
         assert (answer.status_code, text in answer.json()["detail"]) == (400, True)
+
+
+def test_a_sample_that_fails_is_answered(server: TinkServer) -> None:
+    """Whoever waits for it gets the reason, whatever was raised."""
+    folder = server.root / "adapters" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{")
+    post(server, "lora", {"adapter_id": "broken", "lora_path": "broken"})
+    body = {"model_id": "broken", "prompts": ["be"], "sampling_params": {}}
+    pending = post(server, "asample", body).json()["request_id"]
+    answer = result(server, pending).json()
+    assert answer["category"] == "server" and "JSON" in answer["error"]
+    assert post(server, "sample", body | {"model_id": None}).is_success

@@ -14,19 +14,11 @@ from vllm_generic.tink import requests
 from vllm_generic.tink import training as ops
 from vllm_generic.tink.backends.base import LoraSpec
 from vllm_generic.tink.codec import parse_batch
-from vllm_generic.tink.errors import UserError
+from vllm_generic.tink.errors import UserError, require_base_model
 from vllm_generic.tink.routes.common import RawBody, ServiceOf, User
 from vllm_generic.tink.service import Service
 
 router = APIRouter()
-
-
-def check_base_model(service: Service, base_model: str) -> None:
-    if base_model != service.model_name:
-        raise UserError(
-            f"base_model {base_model!r} is not served here; this service has "
-            f"{service.model_name!r}"
-        )
 
 
 def _check_optimizer(config: dict[str, Any] | None) -> None:
@@ -38,7 +30,7 @@ def _check_optimizer(config: dict[str, Any] | None) -> None:
 async def create_model(
     body: requests.CreateModel, service: ServiceOf, user: User
 ) -> dict[str, Any]:
-    check_base_model(service, body.base_model)
+    require_base_model(body.base_model, service.model_name)
     _check_optimizer(body.optimizer_config)
     lora = body.lora_config
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
@@ -161,7 +153,7 @@ async def load_weights(
         )
     _check_optimizer(body.optimizer_config)
     if body.base_model is not None:
-        check_base_model(service, body.base_model)
+        require_base_model(body.base_model, service.model_name)
     request_id, run = service.runs.create(
         owner=user,
         session_id=body.session_id,
