@@ -64,7 +64,7 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class AdamWParams:
-    """Of one step, with Tinker's defaults. A `grad_clip_norm` of 0 does not clip."""
+    """How to make a step, with Tinker's defaults; `grad_clip_norm` 0 does not clip."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9

@@ -21,7 +21,7 @@ _replacements: Counter[str] = Counter()
 
 
 def forget_cached_prefixes(request: LoRARequest, scheduler: Scheduler) -> None:
-    """Let no request that has not begun find blocks of the weights before `request`."""
+    """Keep waiting requests from blocks that were cached with the earlier weights."""
     if not request.load_inplace:
         return
     _replacements[request.lora_name] += 1

@@ -20,7 +20,8 @@ from .adapter_config import AdapterConfig
 
 # What PyTorch's and Megatron's or vLLM's layers call their widths.
 LINEAR_WIDTHS = (("in_features", "out_features"), ("input_size", "output_size"))
-# Parts of names below which layers get some tokens only, in an order of their own.
+# Layers of experts, by a part of their names: each gets only some of the tokens, in
+# another order than the batch has.
 EXPERTS = {"experts", "local_experts"}
 EMBEDDING_WIDTHS = ("num_embeddings", "embedding_dim")
 

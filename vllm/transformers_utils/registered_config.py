@@ -140,22 +140,21 @@ def named_dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dty
 def requested_dtype(
     config: PretrainedConfig, dtype: str | torch.dtype
 ) -> str | torch.dtype:
-    """The option `dtype`; float32 if it is "auto", and so says a callable's file.
+    """The dtype that a user asked for; "auto" may become float32.
 
-    vLLM's "auto" halves float32. A registered callable also trains, and a framework
-    that makes the engine itself gives no dtype, so that only `config.json` can say in
-    which one the two agree. A "module:name" may be a class, which has vLLM's rule.
+    vLLM's "auto" serves a float32 model in half precision. A registered callable also
+    trains, and a framework that makes the engine itself passes no dtype. So where the
+    `config.json` of a callable names float32, "auto" is float32. A "module:name" may be
+    a class, which keeps vLLM's rule.
     """
     from vllm.model_executor.models.registry import (
-        ModelRegistry,
         _LazyRegisteredModel,
         _RegisteredModel,
     )
 
-    models = map(ModelRegistry.models.get, config.architectures or ())
     is_callable = any(
-        model and not isinstance(model, _LazyRegisteredModel | _RegisteredModel)
-        for model in models
+        not isinstance(model, _LazyRegisteredModel | _RegisteredModel)
+        for model in _entries(config.architectures)
     )
     named = {str(getattr(config, key, None)) for key in ("dtype", "torch_dtype")}
     names_float32 = not named.isdisjoint({"float32", "torch.float32"})
@@ -164,14 +163,20 @@ def requested_dtype(
 
 def is_registered(architectures: list[str] | None) -> bool:
     """Whether a user registered one of `architectures`, maybe in place of vLLM's."""
-    from vllm.model_executor.models.registry import (
-        ModelRegistry,
-        _LazyRegisteredModel,
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    # Only vLLM's own entries are of this class.
+    return any(
+        type(model) is not _LazyRegisteredModel for model in _entries(architectures)
     )
 
+
+def _entries(architectures: list[str] | None) -> list[Any]:
+    """What the registry holds for those of `architectures` that it knows."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
     models = map(ModelRegistry.models.get, architectures or ())
-    # Only vLLM's own entries are of this class.
-    return any(model and type(model) is not _LazyRegisteredModel for model in models)
+    return [model for model in models if model is not None]
 
 
 def _architectures(config: PretrainedConfig, overrides: Overrides) -> list[str] | None:

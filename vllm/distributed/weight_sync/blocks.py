@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Blocks of tensors, copied once and looked at while they are in a core's cache."""
+"""Copying blocks of tensors, and summing them in the same pass over memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sums:
-    """What is known of a block whose parts were added."""
+    """The checksum and the sum of a block, collected part by part."""
 
     def __init__(self, block: torch.Tensor) -> None:
         self._words = (
@@ -75,7 +75,7 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
 def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Views of the same elements of tensors of one shape, in order.
 
-    On a CPU they fit in a core's cache. Tensors without strides are seen as flat.
+    On a CPU they fit in a core's cache. Contiguous tensors are split as flat ones.
     """
     first = tensors[0]
     size = max(tensor.nbytes for tensor in tensors)

@@ -37,7 +37,7 @@ class Client(Protocol):
     def pause(self, mode: Mode) -> None: ...
 
     def finish(self, version: str | None) -> None:
-        """Let all ranks commit or discard; no version: the one before stays."""
+        """Let all ranks commit or discard. Without a version the label stays."""
 
     def clear_caches(self) -> None: ...
 
@@ -204,7 +204,7 @@ class HTTPClient:
 
 
 def _start(start: Callable[[], None], finish: Callable[[], None]) -> None:
-    """Start an update; a killed trainer may have left one open, which ends first.
+    """Start an update, after ending one that a killed trainer has left open.
 
     Nothing of that one is committed: the engine forgot it when it met this trainer.
     """

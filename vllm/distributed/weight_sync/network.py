@@ -142,7 +142,7 @@ class Links:
         self._links: dict[int, Link] = {}
         self._made = 0  # the update in which they were made
         self._sent: dict[int, int] = {}  # by target: buckets of this update
-        self._told = 0  # the update of which the other ends know when that was
+        self._told = 0  # the last update for which the other ends were told `_made`
         self._slots = {
             target: _slots(
                 buckets, device if backend == "nccl" else torch.device("cpu")

@@ -19,7 +19,8 @@ from vllm.model_executor.parameters.layout import view_of
 
 ALIGNMENT = 64  # bytes
 SLOTS = 2  # buckets in flight
-DIRECT, BUCKETS = -1, -2  # ways of a block that is not sent to one target
+# How a block travels; by network it is the number of the target.
+DIRECT, BUCKETS = -1, -2
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,9 @@ def _is_unquantized(layer: nn.Module) -> bool:
 def refuse_patches(layer: nn.Module, names: Iterable[str]) -> None:
     """Raise ValueError if what comes for a packed layer is only a patch of its weights.
 
-    vLLM's sparse patches have NaN for what is to stay. While it loads them, it puts a
-    function that leaves these elements alone in the place of `torch.Tensor.copy_`,
-    which a packed layer's old weights, that nobody has any more, never meet.
+    vLLM's sparse patches have NaN for the elements that are to stay. While vLLM loads
+    them, it replaces `torch.Tensor.copy_` by a function that skips these elements. A
+    packed layer no longer has its old weights, so there is nothing that could stay.
     """
     if isinstance(torch.Tensor.copy_, FunctionType):
         raise ValueError(

@@ -106,7 +106,7 @@ class CallableModelWrapper(nn.Module):
         self._context = ParallelContext.from_config(vllm_config.parallel_config)
         self._weights = weights_of(module, self._context)
         if vllm_config.lora_config is not None:
-            # Before vLLM's layers pack their weights, whose shapes then say nothing.
+            # Now, because packed weights no longer have the shapes of their layers.
             from vllm.lora.sites import find_sites
 
             self.adapter_sites = find_sites(module, self._context)
