@@ -47,6 +47,7 @@ def on_stage(monkeypatch):
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
             compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+            lora_config=None,
         )
         registered = _CallableRegisteredModel(
             "Staged", lambda vllm_config, context: module, {"supports_pp": True}
