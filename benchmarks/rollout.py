@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from harness import host, last_json
 from llama import Llama, LlamaShape
-from weight_sync import SHAPES, factory
+from weight_sync import SHAPES, factory, trainer_of
 
 from vllm import LLM
 from vllm.v1.attention.training.sequences import packed_sequences
@@ -77,16 +77,6 @@ def policy(args: argparse.Namespace, folder: Path, cls: type[VLLMModule]) -> VLL
     module = cls(keys, model_provider=factory(SHAPES[args.size]))
     module.setup()
     return module
-
-
-def trainer_of(args: argparse.Namespace) -> Llama:
-    device = args.device
-    if device == "cuda":
-        device = "cuda:1" if args.two_gpus else "cuda:0"
-        torch.cuda.set_device(device)
-    torch.manual_seed(0)
-    with torch.device(device):
-        return Llama(SHAPES[args.size]).to(getattr(torch, args.dtype))
 
 
 def train(
@@ -136,7 +126,7 @@ def timed(phases: dict[str, float], name: str, action: Any, *arguments: Any) -> 
 
 def run_colocated(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     module = policy(args, folder, VLLMModule)
-    model = trainer_of(args)
+    model = trainer_of(args, args.dtype).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     steps: list[dict[str, float]] = []
     own: list[float] = []
@@ -186,7 +176,7 @@ def own_generate(module: VLLMModule, data: dict[str, Any]) -> float:
 
 def run_ahead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     module = policy(args, folder, LongTailed)
-    model = trainer_of(args)
+    model = trainer_of(args, args.dtype).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     behind = 2 if args.child == "asynchronous" else 0
     module.parameter_sync(model)

@@ -95,14 +95,14 @@ def engine_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return options
 
 
-def trainer_of(args: argparse.Namespace) -> Llama:
+def trainer_of(args: argparse.Namespace, dtype: str = "bfloat16") -> Llama:
     device = args.device
     if device == "cuda":
         device = "cuda:1" if args.two_gpus else "cuda:0"
         torch.cuda.set_device(device)
     torch.manual_seed(0)
     with torch.device(device):
-        model = Llama(SHAPES[args.size]).to(torch.bfloat16)
+        model = Llama(SHAPES[args.size]).to(getattr(torch, dtype))
     return model.requires_grad_(False)
 
 

@@ -248,11 +248,8 @@ def own_package() -> list[str]:
 
 def new_tests() -> list[str]:
     """The files in tests/ that could be vLLM's: those of this repository stay here."""
-    stay = (
-        *("tools", "examples", "generic"),
-        *("conftest.py", "test_docs.py", "test_modules.py"),
-        *("tink_client.py", "tink_requests.py", "tink_server.py"),
-    )
+    folders = ("tools", "examples", "generic")
+    stay = (*folders, "conftest.py", "test_docs.py", "test_modules.py")
     return [name for name in _files("tests") if name.split("/")[1] not in stay]
 
 

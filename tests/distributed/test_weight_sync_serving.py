@@ -10,19 +10,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 import torch
+from servers import tiny_server
 from tiny_model import TinyModel, greedy, trained_model
 
 from vllm import LLM, AsyncEngineArgs, ModelRegistry, SamplingParams
 from vllm.distributed.weight_sync import WeightSync
-from vllm.utils.network_utils import get_open_port
 from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.engine
@@ -140,34 +138,6 @@ def test_a_running_request_goes_on_with_the_new_weights(model_dir: Path) -> None
     assert tokens[first:] == greedy(model, PROMPT + tokens[:first], 100 - first)
 
 
-@contextmanager
-def server(model_dir: Path, log: Path, **environment: str) -> Iterator[str]:
-    port = get_open_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command += [str(model_dir), "--served-model-name", "tiny"]
-    command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
-    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", "16777216"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env=os.environ | environment
-        )
-    try:
-        while True:
-            assert process.poll() is None, log.read_text()
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
 def answer(url: str) -> list[int]:
     found = requests.post(
         f"{url}/v1/completions",
@@ -184,10 +154,10 @@ def answer(url: str) -> list[int]:
 
 
 def test_a_server(model_dir_with_tokenizer: Path, tmp_path_factory) -> None:
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    logs = tmp_path_factory.mktemp("serve")
     model = trained_model()
     change(model, 1)
-    with server(model_dir_with_tokenizer, log, VLLM_SERVER_DEV_MODE="1") as url:
+    with tiny_server(model_dir_with_tokenizer, logs, VLLM_SERVER_DEV_MODE="1") as url:
         sync = WeightSync(model, [url], timeout=60)
         assert sync.update() == 1
         assert answer(url) == greedy(model, PROMPT, 8)
@@ -225,9 +195,9 @@ def test_a_trainer_that_is_killed(
     model_dir_with_tokenizer: Path, tmp_path_factory
 ) -> None:
     """In each phase of an update. The next trainer's update is whole."""
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    logs = tmp_path_factory.mktemp("serve")
 
-    with server(model_dir_with_tokenizer, log, VLLM_SERVER_DEV_MODE="1") as url:
+    with tiny_server(model_dir_with_tokenizer, logs, VLLM_SERVER_DEV_MODE="1") as url:
         for phase in ("_begin", "send", "_note_checksums", "_collect", "pause"):
             killed = subprocess.run(
                 [sys.executable, "-c", TRAINER, url, phase],
@@ -249,7 +219,7 @@ def test_a_trainer_that_is_killed(
 
 @pytest.mark.slow
 def test_many_updates_leak_nothing(llm: LLM) -> None:
-    """1,000 updates: no threads, no descriptors, no memory."""
+    """1,000 updates: no threads and no descriptors of this process."""
     model = trained_model()
     sync = WeightSync(model, llm, timeout=60)
     for _ in range(20):

@@ -7,17 +7,14 @@ import gc
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
 import requests
+from servers import tiny_server
 from tiny_model import TinyModel, greedy, trained_model
 
 from vllm import AsyncEngineArgs, ModelRegistry, SamplingParams
-from vllm.utils.network_utils import get_open_port
 from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.engine
@@ -121,26 +118,10 @@ def test_data_parallel_engines(
 )
 def test_vllm_serve(model_dir_with_tokenizer, tmp_path_factory, data_parallel_size):
     """By `--model-class-overrides`, and an architecture that vLLM does not know."""
-    port = get_open_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command += [str(model_dir_with_tokenizer), "--model-class-overrides", OVERRIDE]
-    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "tiny", "--kv-cache-memory-bytes", "16777216"]
-    command += ["--data-parallel-size", str(data_parallel_size)]
-    command += ["--api-server-count", "1"]
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    url = f"http://127.0.0.1:{port}"
-    with open(log, "w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ)
-    try:
-        for _ in range(300):
-            assert server.poll() is None, log.read_text()[-4000:]
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(1)
+    options = ["--data-parallel-size", str(data_parallel_size)]
+    options += ["--api-server-count", "1"]
+    logs = tmp_path_factory.mktemp("serve")
+    with tiny_server(model_dir_with_tokenizer, logs, *options) as url:
         assert requests.get(f"{url}/v1/models", timeout=5).json()["data"][0]["id"] == (
             "tiny"
         )
@@ -159,6 +140,3 @@ def test_vllm_serve(model_dir_with_tokenizer, tmp_path_factory, data_parallel_si
                 timeout=60,
             ).json()
             assert answer["choices"][0]["text"].strip() == expected
-    finally:
-        server.terminate()
-        server.wait(timeout=60)

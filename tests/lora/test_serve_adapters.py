@@ -2,20 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """`vllm serve` loads, serves and replaces adapters of a registered callable."""
 
-import os
-import subprocess
-import sys
-import time
-
 import pytest
 import requests
 import torch
 from lora_adapters import add
+from servers import tiny_server
 from tiny_model import VOCAB, trained_model
 
 from vllm.lora.adapter_config import AdapterConfig
 from vllm.lora.adapter_trainer import AdapterTrainer, TrainingSequence
-from vllm.utils.network_utils import get_open_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -43,38 +38,26 @@ def test_runtime_loading(model_dir_with_tokenizer, tmp_path_factory):
         config = AdapterConfig(8, target_modules=("qkv", "projection", "lm_head"))
         add(trainer, name, config, seed)
         trainer.adapters[name].save(folder / name)
-    port = get_open_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command += [str(model_dir_with_tokenizer), "--served-model-name", "tiny"]
-    command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
-    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-lora"]
-    command += ["--kv-cache-memory-bytes", "16777216", "--api-server-count", "1"]
-    command += ["--lora-modules", f"first={folder / 'a'}"]
-    env = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    url, log = f"http://127.0.0.1:{port}", folder / "log.txt"
-    with open(log, "w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=env)
+    options = ["--enable-lora", "--lora-modules", f"first={folder / 'a'}"]
 
-    def answer(model: str) -> str:
-        body = {"model": model, "prompt": words(PROMPT), "max_tokens": 6}
-        body |= {"temperature": 0, "ignore_eos": True}
-        reply = requests.post(f"{url}/v1/completions", json=body, timeout=60)
-        assert reply.ok, reply.text
-        return reply.json()["choices"][0]["text"].strip()
+    with tiny_server(
+        model_dir_with_tokenizer,
+        tmp_path_factory.mktemp("logs"),
+        *options,
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
+    ) as url:
 
-    def load(name: str, path, **options) -> requests.Response:
-        body = {"lora_name": name, "lora_path": str(path), **options}
-        return requests.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60)
+        def answer(model: str) -> str:
+            body = {"model": model, "prompt": words(PROMPT), "max_tokens": 6}
+            body |= {"temperature": 0, "ignore_eos": True}
+            reply = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert reply.ok, reply.text
+            return reply.json()["choices"][0]["text"].strip()
 
-    try:
-        for _ in range(300):
-            assert server.poll() is None, log.read_text()[-4000:]
-            try:
-                if requests.get(f"{url}/health", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(1)
+        def load(name: str, path, **options) -> requests.Response:
+            body = {"lora_name": name, "lora_path": str(path), **options}
+            return requests.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60)
+
         expected = {name: greedy(trainer, name, 6) for name in ("a", "b", None)}
         assert len(set(expected.values())) == 3
         assert answer("first") == expected["a"]
@@ -90,6 +73,3 @@ def test_runtime_loading(model_dir_with_tokenizer, tmp_path_factory):
         assert missing.status_code == 404, missing.text
         body = {"lora_name": "second"}
         assert requests.post(f"{url}/v1/unload_lora_adapter", json=body, timeout=60).ok
-    finally:
-        server.terminate()
-        server.wait(timeout=60)

@@ -8,7 +8,6 @@ import asyncio
 import gc
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +17,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from soft_model import soft_model, worst_difference
 from tiny_model import TinyModel
 
 from vllm_generic.rollout import Episode, VLLMModule, answered_ahead
-
-sys.path.insert(0, str(Path(__file__).parent))
-from soft_model import soft_model, worst_difference  # noqa: E402
 
 pytestmark = pytest.mark.engine
 

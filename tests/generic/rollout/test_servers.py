@@ -4,63 +4,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 from safetensors.torch import save_file
+from servers import tiny_servers
+from soft_model import soft_model, worst_difference
 
-from vllm.utils.network_utils import get_open_port
 from vllm_generic.rollout import VLLMModule
 
-sys.path.insert(0, str(Path(__file__).parent))
-from soft_model import soft_model, worst_difference  # noqa: E402
-
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-
-@contextlib.contextmanager
-def servers(
-    model_dir: Path, logs: Path, count: int
-) -> Iterator[dict[str, psutil.Popen]]:
-    """`vllm serve` processes by their URLs."""
-    started = {}
-    for number in range(count):
-        port = get_open_port()
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-        command += [str(model_dir), "--port", str(port), "--host", "127.0.0.1"]
-        command += ["--model-class-overrides", '{"TinyModel": "tiny_model:build"}']
-        command += ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
-        command += ["--kv-cache-memory-bytes", "16777216"]
-        command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
-        with (logs / f"{number}.txt").open("w") as log:
-            started[f"http://127.0.0.1:{port}"] = psutil.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
-            )
-    try:
-        for number, (url, process) in enumerate(started.items()):
-            while True:
-                assert process.poll() is None, (logs / f"{number}.txt").read_text()
-                with contextlib.suppress(requests.ConnectionError):
-                    if requests.get(f"{url}/health", timeout=5).ok:
-                        break
-                time.sleep(0.2)
-        yield started
-    finally:
-        for process in started.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait(60)
 
 
 def test_one_of_two_servers_is_killed(
@@ -69,7 +24,10 @@ def test_one_of_two_servers_is_killed(
     folder = model_dir_with_tokenizer
     model = soft_model(0)
     save_file(model.state_dict(), folder / "model.safetensors")
-    with servers(folder, tmp_path_factory.mktemp("logs"), 2) as started:
+    options = ["--max-model-len", "64", "--enable-scale-out"]
+    options += ["--logprobs-mode", "processed_logprobs"]
+    logs = tmp_path_factory.mktemp("logs")
+    with tiny_servers(folder, logs, 2, *options, VLLM_SERVER_DEV_MODE="1") as started:
         keys: dict[str, Any] = {"engine_urls": list(started), "tokenizer": str(folder)}
         keys |= {"temperature": 0.7, "n": 2, "max_new_tokens": 20, "timeout": 60}
         keys |= {"prompt_logprobs": 1}
