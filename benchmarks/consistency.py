@@ -9,8 +9,9 @@ Llama with a Hugging Face trainer, and a PyTorch Llama that trains and serves, b
 default and with `VLLM_BATCH_INVARIANT=1`, each with heads of 64 and of 128. Prompts of
 mixed lengths are served greedily and sampled, with chunked prefill, prefix caching and
 CUDA graphs. In one mode the cache is too small, so that requests are preempted; in one
-the engine, in a process of its own, has been updated ten times by `WeightSync`. The
-mode with tensor parallelism needs two NVIDIA GPUs, the others one.
+the engine, in a process of its own, is updated by `WeightSync`, and compared after 1,
+10 and 100 updates. The mode with tensor parallelism needs two NVIDIA GPUs, the others
+one.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,7 @@ MODES = {
     "one module, invariant": {"invariant": True},
     "one module, invariant, preempted": {"invariant": True, "preempted": True},
     "one module, invariant, TP=2": {"invariant": True, "tp_size": 2},
-    "one module, invariant, updated": {"invariant": True, "updates": 10},
+    "one module, invariant, updated": {"invariant": True, "updates": (1, 10, 100)},
 }
 PROMPTS, NEW_TOKENS, MAX_MODEL_LEN = 256, 64, 4096
 STEP_TOKENS = 16384
@@ -173,8 +175,8 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     """One row of the results, in its own process."""
     options = MODES[mode]
     invariant = options.get("invariant", False)
-    updates = options.get("updates", 0)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(updates > 0))
+    updates = options.get("updates", ())
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(bool(updates)))
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
@@ -220,10 +222,17 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         )
         return llm.generate(prompts[:count], params, use_tqdm=False)
 
+    def sample() -> tuple[list[list[int]], torch.Tensor]:
+        outputs = [o for count in (1, 7, PROMPTS) for o in generate(0.0, count)]
+        outputs += generate(1.0, PROMPTS)
+        return sequences_of(outputs), log_probs_of(outputs)
+
     generate(0.0, 8)
-    updated = train_and_update(llm, head_dim, directory, updates) if updates else None
-    outputs = [o for count in (1, 7, PROMPTS) for o in generate(0.0, count)]
-    outputs += generate(1.0, PROMPTS)
+    compared = []
+    if updates:
+        compared = compare_after_updates(llm, sample, head_dim, directory, updates)
+    else:
+        sequences, served = sample()
     rates = []
     for _ in range(3):
         llm.reset_prefix_cache()
@@ -236,24 +245,10 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         for metric in llm.get_metrics()
         if metric.name == "vllm:num_preemptions"
     )
-    sequences = [
-        output.prompt_token_ids + list(output.outputs[0].token_ids)
-        for output in outputs
-    ]
-    served = torch.tensor(
-        [
-            [
-                entry[token].logprob
-                for entry, token in zip(
-                    output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
-                )
-            ]
-            for output in outputs
-        ],
-        dtype=torch.float64,
-    )
     trainer: Any = None
-    if tp_size > 1:
+    if updates:
+        recomputed, served = map(torch.cat, zip(*compared, strict=True))
+    elif tp_size > 1:
         del llm
         cleanup_dist_env_and_memory()
         torch.multiprocessing.spawn(
@@ -264,7 +259,7 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
         if native:
             trainer = HuggingFaceTrainer(directory)
         else:
-            module = updated or llm.apply_model(lambda model: model.module)[0]
+            module = llm.apply_model(lambda model: model.module)[0]
             trainer = OwnTrainer(module, invariant)
         recomputed = recompute(trainer, sequences)
     difference = (recomputed.double() - served).abs().flatten()
@@ -284,8 +279,33 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     return result
 
 
-def train_and_update(llm: Any, head_dim: int, directory: str, updates: int) -> Llama:
-    """A trainer's module, which has changed and updated the engine so many times."""
+def sequences_of(outputs: list[Any]) -> list[list[int]]:
+    """Prompts with what was generated."""
+    return [o.prompt_token_ids + list(o.outputs[0].token_ids) for o in outputs]
+
+
+def log_probs_of(outputs: list[Any]) -> torch.Tensor:
+    """Of the new tokens, as the engine returned them, `[sequences, NEW_TOKENS]`."""
+    values = [
+        [
+            entry[token].logprob
+            for entry, token in zip(
+                output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True
+            )
+        ]
+        for output in outputs
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def compare_after_updates(
+    llm: Any,
+    sample: Callable[[], tuple[list[list[int]], torch.Tensor]],
+    head_dim: int,
+    directory: str,
+    counts: Sequence[int],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The trainer's and the engine's log-probabilities after so many updates each."""
     from safetensors.torch import load_file
 
     from vllm.distributed.weight_sync import WeightSync
@@ -293,14 +313,19 @@ def train_and_update(llm: Any, head_dim: int, directory: str, updates: int) -> L
     with torch.device("cuda"):
         model = Llama(SHAPES[head_dim]).to(torch.bfloat16)
     model.load_weights(load_file(Path(directory) / "model.safetensors").items())
+    trainer = OwnTrainer(model, invariant=True)
     sync = WeightSync(model, llm)
-    for _ in range(updates):
+    compared = []
+    for number in range(1, max(counts) + 1):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=1e-3)
         sync.update()
+        if number in counts:
+            sequences, served = sample()
+            compared.append((recompute(trainer, sequences), served))
     sync.close()
-    return model
+    return compared
 
 
 def step_ms(trainer: OwnTrainer, vocab: int) -> float:
