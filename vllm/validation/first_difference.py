@@ -234,7 +234,7 @@ def first_difference(
     return compare_outputs(expected, actual)
 
 
-_RECORDING = "_recording_of_outputs"
+_RECORDING = "recording_of_outputs"
 
 
 def _start(model: nn.Module) -> None:
