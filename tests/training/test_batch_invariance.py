@@ -19,7 +19,7 @@ import torch
 
 import vllm.envs as envs
 from vllm.training import batch_invariance
-from vllm.training.batch_invariance import batch_invariant
+from vllm.training.batch_invariance import batch_invariant, token_log_probs
 
 
 class Upstream(SimpleNamespace):

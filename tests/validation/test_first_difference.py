@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Which module's output differs first: on recorded outputs, and on a stand-in engine."""
+"""Which output differs first: of recorded ones, and of a stand-in for an engine."""
 
 import pytest
 import torch
