@@ -140,7 +140,8 @@ def compare_outputs(
     if not compared:
         raise ValueError(
             f"No outputs can be compared: one run recorded {_some(expected)}, the "
-            f"other {_some(actual)}. Run both eagerly (enforce_eager=True), on one prompt."
+            f"other {_some(actual)}. Run both eagerly (enforce_eager=True), on one "
+            "prompt."
         )
     return None
 

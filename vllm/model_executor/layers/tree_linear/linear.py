@@ -118,11 +118,7 @@ class _Product(torch.autograd.Function):
         return _product(x, weight, bias, leaves, partial)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[
-        torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None
-    ]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)  # what the sum of the ranks was rounded to
         x_grad = weight_grad = bias_grad = None
