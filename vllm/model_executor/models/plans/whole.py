@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vllm.model_executor.layers.tree_linear.other_layers import sum_in_tree
 from vllm.model_executor.models.plans.layers import (
     RowwiseLinear,
     WholeLinear,
@@ -24,11 +25,12 @@ __all__ = ["sum_as_divided"]
 def sum_as_divided(
     module: nn.Module, tp_plan: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Have a whole module sum as the ranks do that divide it, in place.
+    """Have a trainer's module sum as the ranks of any engine do, in place.
 
     A trainer that holds the whole module has to know which of its linear layers an
     engine divides, and how. Inside `batch_invariant()` these then compute the bits of
     every tensor-parallel layout. Outside of it, the module computes what it did.
+    Layers that DTensor or megatron-core have divided are found without a plan.
 
     Args:
         module: Any module; its parameters, names and hooks stay as they are.
@@ -48,6 +50,7 @@ def sum_as_divided(
     styles = match_styles(module, plan)
     match_splits(module, styles)  # checks the modules
     round_as_divided(module, styles)
+    sum_in_tree(module)
     return module
 
 
