@@ -10,8 +10,9 @@ default and with `VLLM_BATCH_INVARIANT=1`, each with heads of 64 and of 128. Pro
 mixed lengths are served greedily and sampled, with chunked prefill, prefix caching and
 CUDA graphs. In one mode the cache is too small, so that requests are preempted; in one
 the engine, in a process of its own, is updated by `WeightSync`, and compared after 1,
-10 and 100 updates. The mode with tensor parallelism needs two NVIDIA GPUs, the others
-one.
+10 and 100 updates. In some the engine is on two GPUs and the trainer on one, and sums
+are added in a tree, or as they were before ("one leaf"). Modes with TP=2 need two
+NVIDIA GPUs, the others one.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 from harness import host, last_json
-from llama import LLAMA_1B, LLAMA_1B_HEAD_128, Llama
+from llama import DIVIDED, LLAMA_1B, LLAMA_1B_HEAD_128, Llama, LlamaShape
 from safetensors.torch import save_file
 
 SHAPES = {64: LLAMA_1B, 128: LLAMA_1B_HEAD_128}
@@ -42,6 +43,24 @@ MODES = {
     "one module, invariant, preempted": {"invariant": True, "preempted": True},
     "one module, invariant, TP=2": {"invariant": True, "tp_size": 2},
     "one module, invariant, updated": {"invariant": True, "updates": (1, 10, 100)},
+    # The cost of sums in a tree: the same layouts without, and on one GPU with it.
+    "one module, invariant, TP=2, one leaf": {
+        "invariant": True,
+        "tp_size": 2,
+        "leaves": 1,
+    },
+    "one module, invariant, as divided": {"invariant": True, "as_divided": True},
+    "engine TP=2, trainer on one GPU, invariant": {
+        "invariant": True,
+        "tp_size": 2,
+        "trainer_alone": True,
+    },
+    "engine TP=2, trainer on one GPU, one leaf": {
+        "invariant": True,
+        "tp_size": 2,
+        "trainer_alone": True,
+        "leaves": 1,
+    },
 }
 PROMPTS, NEW_TOKENS, MAX_MODEL_LEN = 256, 64, 4096
 STEP_TOKENS = 16384
@@ -112,6 +131,19 @@ def recompute(trainer: Any, sequences: list[list[int]]) -> torch.Tensor:
         return torch.stack([trainer([s])[-NEW_TOKENS:].cpu() for s in sequences])
 
 
+def trainer_alone(head_dim: int, directory: str) -> "OwnTrainer":
+    """A trainer on one GPU, which sums as the ranks of its engine do."""
+    from safetensors.torch import load_file
+
+    from vllm.model_executor.models.plans.whole import sum_as_divided
+
+    with torch.device("cuda"):
+        model = Llama(SHAPES[head_dim]).to(torch.bfloat16)
+    model.load_weights(load_file(Path(directory) / "model.safetensors").items())
+    sum_as_divided(model, DIVIDED)
+    return OwnTrainer(model, invariant=True)
+
+
 def recompute_in_parallel(
     rank: int, tp_size: int, head_dim: int, directory: str, sequences: list[list[int]]
 ) -> None:
@@ -180,6 +212,8 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    if "leaves" in options:
+        os.environ["VLLM_BATCH_INVARIANT_LEAVES"] = str(options["leaves"])
     from vllm import LLM, ModelRegistry, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -187,8 +221,17 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     native = options.get("native", False)
     architecture = "LlamaForCausalLM" if native else "PlainLlama"
     tp_size = options.get("tp_size", 1)
+    build: Any = Llama
+    if options.get("as_divided"):
+        from vllm.model_executor.models.plans.whole import sum_as_divided
+
+        def build(shape: LlamaShape, context: Any) -> Llama:
+            model = Llama(shape, context)
+            sum_as_divided(model, DIVIDED)
+            return model
+
     if not native:
-        ModelRegistry.register_model(architecture, lambda c, p: Llama(shape, p))
+        ModelRegistry.register_model(architecture, lambda c, p: build(shape, p))
     config = Path(directory) / "config.json"
     config.write_text(json.dumps(shape.config(architecture)))
     arguments: dict[str, Any] = {}
@@ -248,6 +291,11 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     trainer: Any = None
     if updates:
         recomputed, served = map(torch.cat, zip(*compared, strict=True))
+    elif options.get("trainer_alone"):
+        del llm
+        cleanup_dist_env_and_memory()
+        trainer = trainer_alone(head_dim, directory)
+        recomputed = recompute(trainer, sequences)
     elif tp_size > 1:
         del llm
         cleanup_dist_env_and_memory()

@@ -71,6 +71,14 @@ LLAMA_8B = LlamaShape(
     num_hidden_layers=32,
     head_dim=128,
 )
+# What tensor parallelism divides of a plain `Llama`, for a trainer that is not divided.
+DIVIDED = {
+    "model.layers.*.self_attn.qkv_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.gate_up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+    "lm_head": "colwise_rep",
+}
 # The place of a checkpoint's matrix in the module: parameter, and part of it.
 STACKED = {
     "q_proj": ("qkv_proj", 0),

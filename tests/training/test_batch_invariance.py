@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How `batch_invariant` turns vLLM's mode on and off.
 
-vLLM's operators are for GPUs. On a CPU only the switch is tested, with a stand-in for
-the module that registers them.
+vLLM's operators are for GPUs. On a CPU the switch is tested with a stand-in for the
+module that registers them, and the operators of a CPU by themselves.
 """
 
 import logging
@@ -19,7 +19,7 @@ import torch
 
 import vllm.envs as envs
 from vllm.training import batch_invariance
-from vllm.training.batch_invariance import batch_invariant
+from vllm.training.batch_invariance import batch_invariant, token_log_probs
 
 
 class Upstream(SimpleNamespace):
@@ -60,6 +60,7 @@ def state() -> tuple[object, ...]:
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
     upstream = Upstream()
     monkeypatch.setattr(batch_invariance, "_upstream", lambda: upstream)
+    monkeypatch.setattr(batch_invariance, "use_cpu_operators", lambda: None)
     for name in batch_invariance.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     envs.disable_envs_cache()
@@ -136,6 +137,31 @@ def test_the_earlier_path_has_the_same_functions() -> None:
     assert earlier.__all__ == batch_invariance.__all__
     for name in earlier.__all__:
         assert getattr(earlier, name) is getattr(batch_invariance, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_do_not_depend_on_their_batch_on_a_cpu(dtype, bias) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1024, 768, bias=bias, dtype=dtype)
+    hidden = torch.randn(300, 1024, dtype=dtype)
+    labels = torch.randint(768, (300,))
+    with batch_invariant():
+        whole = layer(hidden)
+        log_probs = token_log_probs(whole, labels)
+        for rows in (1, 2, 7, 16, 33, 128):
+            part = layer(hidden[:rows])
+            assert torch.equal(part, whole[:rows]), rows
+            part = token_log_probs(part, labels[:rows])
+            assert torch.equal(part, log_probs[:rows]), rows
+        assert torch.equal(layer(hidden[None])[0], whole)
+        log_probs.sum().backward()
+        assert layer.weight.grad.isfinite().all()
+        counts = torch.arange(6).view(2, 3)
+        assert torch.equal(counts @ counts.T, torch.tensor([[5, 14], [14, 50]]))
+    exact = hidden.double() @ layer.weight.double().T
+    exact += layer.bias.double() if bias else 0
+    torch.testing.assert_close(whole.double(), exact, atol=1e-4, rtol=2**-8)
 
 
 ROWS = """

@@ -4,7 +4,7 @@
 
 An engine started with `VLLM_BATCH_INVARIANT=1` and a trainer inside `batch_invariant()`
 compute the same bits for the same tokens, whatever else is in their batches. This was
-tried on H100 and H200 GPUs.
+tried on H100 and H200 GPUs. On a CPU the products of matrices are replaced by ours.
 """
 
 import importlib
@@ -18,6 +18,7 @@ import torch
 
 import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 logger = init_logger(__name__)
 
@@ -117,6 +118,7 @@ def _turn_on() -> ExitStack:
         stack.callback(_disable, upstream)
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
         upstream.enable_batch_invariant_mode()
+        use_cpu_operators()
         torch.bmm = builtin_bmm
         _read_environment_again()
         turn_off = stack.pop_all()
@@ -133,6 +135,27 @@ def _turn_on() -> ExitStack:
 
     result.callback(close)
     return result
+
+
+def use_cpu_operators() -> None:
+    """Replace vLLM's batch-invariant operators, if they are on, where this is a CPU.
+
+    vLLM's are in Triton, for GPUs.
+
+    Raises:
+        RuntimeError: The operators of a CPU were not compiled with this vLLM.
+
+    """
+    upstream = _upstream()
+    if not (current_platform.is_cpu() and upstream._batch_invariant_MODE):
+        return
+    from vllm.model_executor.layers.tree_linear import cpu_operators
+
+    _disable(upstream)
+    library = torch.library.Library("aten", "IMPL")
+    upstream._batch_invariant_LIB = library
+    upstream._batch_invariant_MODE = True
+    cpu_operators.register_cpu_operators(library)
 
 
 def _disable(upstream: Any) -> None:
@@ -176,7 +199,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of tokens, by the kernel that vLLM's GPU sampler uses.
+    """Log-probabilities of tokens, by the kernel that vLLM's sampler uses.
 
     Args:
         logits: `[tokens, vocab]` in the dtype that the model computes them in; the
@@ -186,4 +209,7 @@ def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tens
     Returns:
         float32 `[tokens]`, differentiable.
     """
+    if not logits.is_cuda:
+        log_probs = logits.log_softmax(-1, dtype=torch.float32)
+        return log_probs.gather(-1, token_ids[:, None])[:, 0]
     return _TokenLogProbs.apply(logits.contiguous(), token_ids)

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What vLLM's parallel layers compute where gradients are on.
 
-Two decorators, put on vLLM's own methods, choose: without gradients the method itself
-runs, with its kernels; with gradients the same result comes from differentiable
-operators, and every parameter gets the gradient that it would have on one device.
+Decorators, put on vLLM's own methods, choose: without gradients the method itself runs,
+with its kernels; with gradients the same result comes from differentiable operators,
+and every parameter gets the gradient that it would have on one device. In the
+batch-invariant mode both come from operators whose bits do not depend on the layout.
 """
 
 import functools
@@ -17,8 +18,21 @@ from torch import nn
 
 from vllm.distributed import differentiable_collectives as collectives
 from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
+from vllm.model_executor.layers.tree_linear import (
+    divided_linear,
+    layout_invariant,
+    number_of_leaves,
+    whole_linear,
+)
+from vllm.model_executor.layers.tree_linear.linear import autocast
+from vllm.platforms import current_platform
 
-__all__ = ["differentiable_embedding", "differentiable_linear"]
+__all__ = [
+    "differentiable_embedding",
+    "differentiable_linear",
+    "kept_if_layout_invariant",
+    "summed_in_a_tree",
+]
 
 
 def differentiable_linear(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,6 +44,8 @@ def differentiable_linear(apply: Callable[..., Any]) -> Callable[..., Any]:
     ) -> torch.Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad):
             return _linear(layer, x, bias)
+        if layout_invariant():
+            return whole_linear(x, layer.weight, bias)
         return apply(self, layer, x, bias)
 
     return apply_or_train
@@ -45,6 +61,45 @@ def differentiable_embedding(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(self, input_)
 
     return look_up_or_train
+
+
+def summed_in_a_tree(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates `RowParallelLinear.forward(input_)`."""
+
+    @functools.wraps(forward)
+    def forward_or_tree(self: Any, input_: torch.Tensor) -> Any:
+        # late: the modules of these layers import this one
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        leaves = number_of_leaves(self.input_size, self.tp_size)
+        unquantized = type(self.quant_method) is UnquantizedLinearMethod
+        if leaves == 1 or not unquantized or not self.reduce_results:
+            return forward(self, input_)
+        group = get_tp_group() if self.tp_size > 1 else None
+        if group is not None and not self.input_is_parallel:
+            parts = collectives.copy(input_, group).chunk(self.tp_size, dim=-1)
+            input_ = parts[self.tp_rank]
+        bias = None if self.skip_bias_add else self.bias
+        output = divided_linear(input_, self.weight, bias, leaves, group)
+        if not self.return_bias:
+            return output
+        return output, self.bias if self.skip_bias_add else None
+
+    return forward_or_tree
+
+
+def kept_if_layout_invariant(process: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates `Unquantized*Method.process_weights_after_loading(layer)`.
+
+    On a CPU it packs the weight for a kernel whose bits depend on the layer's shape.
+    """
+
+    @functools.wraps(process)
+    def process_or_keep(self: Any, layer: nn.Module) -> None:
+        if not (current_platform.is_cpu() and layout_invariant()):
+            process(self, layer)
+
+    return process_or_keep
 
 
 def _linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -65,16 +120,17 @@ def _linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
             "CPU and has no gradient any more. Train a module of its own, before "
             "process_weights_after_loading."
         )
+    linear = whole_linear if layout_invariant() else F.linear
     if layer.tp_size == 1:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     group = get_tp_group()
     if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
         weight = _share_kv_heads(layer, weight, group)
         bias = None if bias is None else _share_kv_heads(layer, bias, group)
     if isinstance(layer, ColumnParallelLinear | VocabParallelEmbedding):
-        return _ColumnLinear.apply(*_autocast(x, weight, bias), group)
-    output = F.linear(x, weight, bias)
+        return _ColumnLinear.apply(*autocast(x, weight, bias), group)
+    output = linear(x, weight, bias)
     bias_elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
     if bias_elsewhere and layer.bias is not None and not layer.skip_bias_add:
         # Rank 0 adds the bias, and the sum over the ranks brings it to all.
@@ -100,18 +156,6 @@ def _embedding(layer: Any, input_: torch.Tensor) -> torch.Tensor:
     return collectives.all_reduce(output, group)
 
 
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Cast as autocast casts a linear; it cannot see into a Function."""
-    assert tensors[0] is not None
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [
-        x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors
-    ]
-
-
 class _ColumnLinear(torch.autograd.Function):
     """`F.linear` of an `x` that is the same on all ranks; its gradient is summed.
 
@@ -128,7 +172,8 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return F.linear(x, weight, bias)
+        linear = whole_linear if layout_invariant() else F.linear
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.tree_linear import layout_invariant
+from vllm.model_executor.layers.tree_linear.other_layers import sum_in_tree
 from vllm.model_executor.models.plans.apply import apply_plans
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.placement import place, unwrap
@@ -68,6 +70,8 @@ def build_module(
         )
     constants = precision.computed(module) if narrow else []
     module = apply_plans(module, vllm_config, context)
+    if layout_invariant():
+        sum_in_tree(module)
     # A module that was built before, by the caller, may lie elsewhere.
     device = cast(torch.device, vllm_config.device_config.device)
     return place(module, device), constants

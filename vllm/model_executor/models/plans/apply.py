@@ -11,10 +11,12 @@ from __future__ import annotations
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.tree_linear import layout_invariant
 from vllm.model_executor.models.plans.patterns import find_plan
 from vllm.model_executor.models.plans.pipeline import cut_stage, match_stages
 from vllm.model_executor.models.plans.styles import match_styles
 from vllm.model_executor.models.plans.tensor import divide, match_splits
+from vllm.model_executor.models.plans.whole import round_as_divided
 from vllm.model_executor.parallel_context import ParallelContext
 
 
@@ -50,13 +52,16 @@ def apply_plans(
     splits_tensors = context.tensor_parallel_size > 1
     cuts_stages = context.pipeline_parallel_size > 1
     # Everything is checked before anything is changed, also on a single rank.
-    tp_plan = find_plan(module, "tp_plan", hf_config, splits_tensors)
+    reads_plan = splits_tensors or layout_invariant()
+    tp_plan = find_plan(module, "tp_plan", hf_config, reads_plan)
     styles = match_styles(module, tp_plan)
     splits = match_splits(module, styles)
     pp_plan = find_plan(module, "pp_plan", hf_config, cuts_stages)
     stages = match_stages(module, pp_plan)
     if splits_tensors:
         divide(module, styles, splits, context)
+    elif layout_invariant():
+        round_as_divided(module, styles)
     if cuts_stages and stages is not None:
         cut_stage(module, stages, vllm_config, context)
     return module

@@ -21,6 +21,13 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.tree_linear import (
+    divided_linear,
+    layout_invariant,
+    number_of_leaves,
+    whole_linear,
+)
 from vllm.model_executor.models.plans.styles import Style
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -64,7 +71,16 @@ class _Colwise(nn.Module):
         return tensor_model_parallel_all_gather(out) if self.gather_output else out
 
 
-class ColwiseLinear(_Colwise, nn.Linear):
+class WholeLinear(nn.Linear):
+    """A linear layer whose outputs have the same bits if they are divided."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if layout_invariant():
+            return whole_linear(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+class ColwiseLinear(_Colwise, WholeLinear):
     """A linear layer with its outputs divided: `[..., inputs]` -> `[..., outputs]`."""
 
 
@@ -82,10 +98,19 @@ class RowwiseLinear(nn.Linear):
     input_is_parallel: bool
     tp_rank: int
     tp_size: int
+    blocks: int
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.input_is_parallel:
             input = input.chunk(self.tp_size, dim=-1)[self.tp_rank]
+        # Ranks have no whole subtrees of fused matrices: some features of each.
+        whole_size = self.in_features * self.tp_size if self.blocks == 1 else 1
+        leaves = number_of_leaves(whole_size, self.tp_size)
+        group = get_tp_group() if self.tp_size > 1 else None
+        if leaves > 1:
+            return divided_linear(input, self.weight, self.bias, leaves, group)
+        if group is None:
+            return super().forward(input)
         out = tensor_model_parallel_all_reduce(F.linear(input, self.weight))
         return out if self.bias is None else out + self.bias
 
@@ -129,6 +154,7 @@ def follow_style(part: nn.Module, style: Style, context: ParallelContext) -> Non
                 input_is_parallel=parallel,
                 tp_rank=rank,
                 tp_size=size,
+                blocks=style.blocks,
             )
     elif isinstance(part, nn.Embedding):
         part.num_embeddings, part.embedding_dim = part.weight.shape

@@ -11,11 +11,23 @@ import torch
 from torch import nn
 
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
-from vllm.model_executor.models.plans.layers import follow_style
+from vllm.model_executor.models.plans.layers import (
+    RowwiseLinear,
+    WholeLinear,
+    follow_style,
+)
 from vllm.model_executor.models.plans.patterns import kind_of, owners
 from vllm.model_executor.models.plans.styles import Entry, Style
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.layout import MARK, megatron_layout
+
+# Of a linear layer and an embedding; the two in between are what `sum_as_divided` left.
+PLAIN = (
+    nn.Linear.forward,
+    WholeLinear.forward,
+    RowwiseLinear.forward,
+    nn.Embedding.forward,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ def match_splits(module: nn.Module, styles: Mapping[str, Entry]) -> dict[str, Sp
             part = part.get_submodule(leaf)
             # Another forward may do more with the weight than F.linear does. The
             # instance's own is kept, unless it would have to sum the outputs.
-            plain = type(part).forward in (nn.Linear.forward, nn.Embedding.forward)
+            plain = type(part).forward in PLAIN
             plain &= entry.style.split != "inputs" or "forward" not in vars(part)
             if not plain or entry.style.split == "experts":
                 raise ValueError(

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The batch-invariant mode: one model has the same bits in every parallel layout.
+
+Modules are compared here, over gloo on a CPU or over NCCL on GPUs; engines in
+tests/model_executor/models/test_layout_invariance.py.
+"""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import parallel_transformer
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from layout_models import (
+    CONFIG,
+    PlannedStage,
+    build_dtensor,
+    build_megatron,
+    build_parallel,
+    build_plain,
+    build_planned,
+)
+from ranks import run_ranks
+
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.trainable_attention import packed_sequences
+from vllm.model_executor.layers.tree_linear.other_layers import sum_in_tree
+from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.models.callable_model.logits import logits_function
+from vllm.model_executor.models.plans import apply_plans
+from vllm.model_executor.models.plans.whole import sum_as_divided
+from vllm.training.batch_invariance import batch_invariant
+from vllm.training.initial_values import initialize_parameters
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+DTYPES = [torch.float32, torch.bfloat16]
+LENGTHS = [1, 37, 20]
+KINDS = {
+    "vllm layers": build_parallel,
+    "dtensor": build_dtensor,
+    "megatron": build_megatron,
+    "plan": build_planned,
+}
+
+
+def random_weights(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator, device="cpu") * 0.3
+        for name, shape in shapes.items()
+    }
+
+
+def whole_model(dtype: torch.dtype, weights=None):
+    with set_default_torch_dtype(dtype):
+        model = build_plain(SimpleNamespace(**CONFIG))
+    if weights is None:
+        weights = random_weights({n: x.shape for n, x in model.state_dict().items()})
+    model.load_state_dict(weights)
+    return model
+
+
+def vllm_config():
+    hf_config = SimpleNamespace(**CONFIG)
+    model_config = SimpleNamespace(
+        hf_config=hf_config, get_hidden_size=lambda: CONFIG["hidden_size"]
+    )
+    return SimpleNamespace(model_config=model_config)
+
+
+def tokens(vocab: int) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(1)
+    ids = torch.randint(vocab, (sum(LENGTHS),), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
+
+
+def run(model, logits_of, vocab: int) -> dict[str, torch.Tensor]:
+    """Logits `[tokens, vocab]`, with and without gradients, and some gradients."""
+    ids = tokens(vocab)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    offsets = F.pad(torch.tensor(LENGTHS).cumsum(0, dtype=torch.int32), (1, 0))
+
+    def logits():
+        with packed_sequences(offsets):
+            return logits_of(model(ids, positions))[..., :vocab]
+
+    with torch.no_grad():
+        result = {"logits": logits()}
+    trained = logits()
+    result["logits with gradients"] = trained.detach()
+    trained.float().log_softmax(-1)[:, 0].mean().backward()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name == "positions.weight":  # whole on every rank
+            result[name] = (
+                parameter.grad.full_tensor()
+                if (hasattr(parameter.grad, "full_tensor"))
+                else parameter.grad
+            )
+    return {name: x.cpu() for name, x in result.items()}
+
+
+def run_kinds(context) -> None:
+    folder, size = Path.cwd(), context.tensor_parallel_size
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    found = {}
+    for dtype in DTYPES:
+        for kind, build in KINDS.items():
+            if kind == "megatron":
+                pytest.importorskip("megatron.core")
+            with set_default_torch_dtype(dtype), batch_invariant():
+                model = build(vllm_config(), context).to(dtype)
+                apply_plans(model, vllm_config(), context)
+                sum_in_tree(model)
+                load_full_checkpoint(model, weights.items(), context)
+                model.requires_grad_(True)
+                logits_of = logits_function("", model, CONFIG["vocab_size"], size)
+                found[f"{kind} {dtype}"] = run(model, logits_of, CONFIG["vocab_size"])
+    if context.tensor_parallel_rank == 0:
+        torch.save(found, folder / f"tp{size}.pt")
+
+
+def assert_gradients_close(case, found, expected, dtype) -> None:
+    """To the rounding of the dtype, over the whole tensor."""
+    for name, gradient in expected.items():
+        if "logits" not in name:
+            error = (found[name].double() - gradient.double()).norm()
+            limit = 4e-2 if dtype == torch.bfloat16 else 1e-5
+            assert error <= limit * gradient.double().norm(), (case, name, float(error))
+
+
+def test_every_kind_of_layers(tmp_path, monkeypatch) -> None:
+    """Over 1, 2 and 4 ranks, and for a whole module of plain layers.
+
+    Megatron adds biases to what it has rounded, so that in bfloat16 its layers have
+    bits of their own; these are the same in every layout, too.
+    """
+    monkeypatch.chdir(tmp_path)
+    weights = whole_model(torch.float32).state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    layouts = {}
+    for size in (1, 2, 4):
+        (tmp_path / str(size)).mkdir()
+        run_ranks(run_kinds, tmp_path / str(size), size)
+        layouts[size] = torch.load(tmp_path / f"tp{size}.pt", weights_only=True)
+    for dtype in DTYPES:
+        model = sum_as_divided(whole_model(dtype, weights), PlannedStage.tp_plan)
+        with batch_invariant():
+            plain = run(model, model.lm_head, CONFIG["vocab_size"])
+        assert torch.equal(plain["logits"], plain["logits with gradients"])
+        for kind in KINDS:
+            own = kind == "megatron" and dtype == torch.bfloat16
+            expected = layouts[1][f"{kind} {dtype}"] if own else plain
+            for size, found in layouts.items():
+                result = found[f"{kind} {dtype}"]
+                for name in ("logits", "logits with gradients"):
+                    equal = torch.equal(result[name], expected["logits"])
+                    assert equal, (kind, dtype, size, name)
+                if kind != "plan" or size == 1:  # plans divide models to serve them
+                    assert_gradients_close((kind, size), result, plain, dtype)
+
+
+def fill(name: str, whole: torch.Tensor, weights: dict[str, torch.Tensor]) -> None:
+    whole.copy_(weights[name])
+
+
+def run_transformer(context) -> None:
+    # On a CPU PyTorch computes silu by other code in the last elements of rows that are
+    # no multiple of 32 long.
+    parallel_transformer.INTERMEDIATE = 128
+    size = context.tensor_parallel_size
+    found = {}
+    for tied in (False, True):
+        weights = parallel_transformer.whole_weights(tied)
+        for dtype in DTYPES:
+            with set_default_torch_dtype(dtype), batch_invariant():
+                model = parallel_transformer.ParallelTransformer(context, tied)
+                initialize_parameters(model, partial(fill, weights=weights))
+                model.requires_grad_(True)
+                vocab = parallel_transformer.VOCAB
+                logits_of = logits_function("", model, vocab, size)
+                found[f"{tied} {dtype}"] = run(model, logits_of, vocab)
+    of_all_ranks = [None] * size
+    dist.all_gather_object(of_all_ranks, found, get_tp_group().cpu_group)
+    for other in of_all_ranks:
+        for case, tensors in found.items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, other[case][name]), (case, name)
+    if context.tensor_parallel_rank == 0:
+        torch.save(found, Path.cwd() / f"tp{size}.pt")
+
+
+def test_shared_heads_biases_and_an_uneven_vocabulary(tmp_path, monkeypatch) -> None:
+    """vLLM's layers: at TP=4 two ranks have one KV head, and one has no tokens."""
+    monkeypatch.chdir(tmp_path)
+    layouts = {}
+    for size in (1, 2, 4):
+        (tmp_path / str(size)).mkdir()
+        run_ranks(run_transformer, tmp_path / str(size), size)
+        layouts[size] = torch.load(tmp_path / f"tp{size}.pt", weights_only=True)
+    for size, found in layouts.items():
+        for case, result in found.items():
+            expected = layouts[1][case]
+            for name in ("logits", "logits with gradients"):
+                assert torch.equal(result[name], expected["logits"]), (case, size, name)
+            dtype = torch.bfloat16 if "bfloat16" in case else torch.float32
+            assert_gradients_close((case, size), result, expected, dtype)

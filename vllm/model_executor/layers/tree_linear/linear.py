@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Linear layers whose bits depend on no layout, with gradients."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.distributed import differentiable_collectives as collectives
+from vllm.model_executor.layers.tree_linear.product import round_sum
+from vllm.model_executor.layers.tree_linear.tree import tree_sum
+
+if TYPE_CHECKING:
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+
+def whole_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`F.linear` over an axis that no layout divides, with any number of outputs.
+
+    Args:
+        x: `[..., features]`.
+        weight: `[outputs, features]`; outputs may be those of one rank, or of all.
+        bias: `[outputs]`.
+
+    Returns:
+        `[..., outputs]`.
+
+    """
+    return _run(x, weight, bias, leaves=1, partial=False)
+
+
+def divided_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    leaves: int,
+    group: "GroupCoordinator | None" = None,
+) -> torch.Tensor:
+    """`F.linear` over an axis that tensor parallelism divides, on any number of ranks.
+
+    Args:
+        x: `[..., features]`, of this rank.
+        weight: `[outputs, features]`, of this rank.
+        bias: `[outputs]`, the same on all ranks; it is added once.
+        leaves: Of the whole axis, from `number_of_leaves`; the ranks divide it.
+        group: The ranks that divide the axis, None for one.
+
+    Returns:
+        `[..., outputs]`, the same on all ranks. Every rank adds the ranks' sums by
+        itself, from one all-gather.
+
+    """
+    if group is None or group.world_size == 1:
+        return _run(x, weight, bias, leaves, partial=False)
+    local = _run(x, weight, None, leaves // group.world_size, partial=True)
+    local = local.unsqueeze(0)  # [1, ..., outputs] -> [ranks, ..., outputs]
+    if local.requires_grad:
+        sums = collectives.all_gather(local, group, dim=0)
+    else:
+        sums = group.all_gather(local, dim=0)
+    return round_sum(tree_sum(sums), bias, x.dtype)
+
+
+def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Cast as autocast casts a linear; it cannot see into a Function."""
+    assert tensors[0] is not None
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors
+    ]
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    leaves: int,
+    partial: bool,
+) -> torch.Tensor:
+    tensors = autocast(x, weight, bias)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    ):
+        return _Product.apply(*tensors, leaves, partial)
+    return _product(*tensors, leaves, partial)  # type: ignore[arg-type]
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    leaves: int,
+    partial: bool,
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.ops.vllm.tree_product(rows, weight, bias, leaves, partial)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Product(torch.autograd.Function):
+    """No sum in its gradient is over the axis that the ranks divide."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        leaves: int,
+        partial: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias, leaves, partial)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)  # what the sum of the ranks was rounded to
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad @ weight
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            weight_grad = rows.mT @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            bias_grad = rows.sum(0)
+        return x_grad, weight_grad, bias_grad, None, None

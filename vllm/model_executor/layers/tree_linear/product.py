@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""`torch.ops.vllm.tree_product`: a matrix product, summed in a tree.
+
+An element of the result depends on nothing but the two rows that are multiplied: not on
+the number of rows on either side, and not on what else is in the batch.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import vllm
+from vllm.model_executor.layers.tree_linear.tree import tree_sum
+from vllm.utils.torch_utils import direct_register_custom_op, vllm_lib
+
+
+def tree_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    leaves: int,
+    partial: bool,
+) -> torch.Tensor:
+    """`x @ weight.T + bias`, with the sum over the last axis in a tree.
+
+    Args:
+        x: `[rows, features]`.
+        weight: `[outputs, features]`, of the dtype of `x`.
+        bias: `[outputs]`, or None; added to the sum before it is rounded.
+        leaves: A power of two that divides the features.
+        partial: Leave the sum as it is, to be added to those of other ranks. It is
+            then float32, or float64 for float64; there must be no bias.
+
+    Returns:
+        `[rows, outputs]`, in the dtype of `x` unless `partial`.
+
+    """
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        # late: vLLM has Triton only where there is a GPU
+        from vllm.model_executor.layers.tree_linear.triton_product import (
+            triton_tree_product,
+        )
+
+        return triton_tree_product(x, weight, bias, leaves, partial)
+    if x.is_cuda:
+        total = tree_sum(_by_leaves(x, weight, leaves))
+    else:
+        load_cpu_operator()
+        total = torch.ops.vllm.tree_product_cpu(x, weight, leaves)
+    return total if partial else round_sum(total, bias, x.dtype)
+
+
+def round_sum(
+    total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """A finished sum with its bias, rounded once."""
+    if bias is not None:
+        total = total + bias.to(total.dtype)
+    return total.to(dtype)
+
+
+def _by_leaves(x: torch.Tensor, weight: torch.Tensor, leaves: int) -> torch.Tensor:
+    # [leaves, rows, outputs]
+    pairs = zip(x.chunk(leaves, 1), weight.chunk(leaves, 1), strict=True)
+    return torch.stack([a @ b.t() for a, b in pairs])
+
+
+@cache
+def load_cpu_operator() -> None:
+    """Load `torch.ops.vllm.tree_product_cpu`, of `csrc/cpu/tree_product.cpp`.
+
+    Raises:
+        RuntimeError: It was not compiled with this vLLM.
+
+    """
+    library = Path(vllm.__file__).with_name("_tree_product_C.so")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise RuntimeError(
+            "VLLM_BATCH_INVARIANT=1 on a CPU needs the operator of csrc/cpu/"
+            f"tree_product.cpp, which was not compiled with this vLLM: {error}. "
+            "Install a C++ compiler and cmake and build it again."
+        ) from None
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    leaves: int,
+    partial: bool,
+) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32) if partial else x.dtype
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+direct_register_custom_op(
+    "tree_product", tree_product, fake_impl=_fake, dispatch_key="CPU"
+)
+vllm_lib.impl("tree_product", tree_product, dispatch_key="CUDA")
