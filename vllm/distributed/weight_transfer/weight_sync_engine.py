@@ -40,6 +40,8 @@ class WeightSyncInitInfo(WeightTransferInitInfo):
         trainer_ranks: How many ranks the trainer has.
         staged: Whether an update is kept aside until all of it has come.
         timeout: Seconds for any wait.
+        refuses: Why requests are to be refused until an update has come, a sentence;
+            empty if the weights are served meanwhile.
 
     """
 
@@ -49,11 +51,12 @@ class WeightSyncInitInfo(WeightTransferInitInfo):
     trainer_ranks: int
     staged: bool
     timeout: float
+    refuses: str = ""
 
 
 @dataclass
 class WeightSyncUpdateInfo(WeightTransferUpdateInfo):
-    """The number of an update, from 1."""
+    """The number of an update."""
 
     update: int
 
@@ -91,6 +94,8 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
         replica = parallel.data_parallel_index
         rank = torch.distributed.get_rank() % parallel.world_size
         rank += init_info.first_rank + replica * parallel.world_size
+        if init_info.refuses:
+            weights.update.require_update(init_info.refuses)
         self._session = _Session(weights, self.device, rank, init_info)
 
     def start_weight_update(self) -> None:

@@ -92,7 +92,7 @@ class UpdateState:
         stale = listed(sorted(min(tensor) for tensor in self._stale))
         return (
             f"{self._why} Not loaded since: {stale}. Load all weights, as by "
-            "WeightSync.update() or collective_rpc('reload_weights'), to serve again."
+            "collective_rpc('reload_weights'), to serve again."
         )
 
     def agree(self, group: ProcessGroup) -> str | None:
