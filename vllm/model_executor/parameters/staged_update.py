@@ -130,6 +130,10 @@ class LocalUpdate:
         if not self._staged:
             self._rooms.clear()
 
+    def release(self) -> None:
+        """Let PyTorch have the memory of what was kept aside; a sleep frees it."""
+        self._rooms.clear()
+
     def _whole(self, index: int) -> torch.Tensor:
         """A whole tensor for a layer's loader, which reads this rank's part of it."""
         layout, room = self._layouts[index], self._rooms[index]
