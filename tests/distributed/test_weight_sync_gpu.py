@@ -58,7 +58,7 @@ class Trainer:
         self.model.to(device)
 
     def step(self, name: str) -> None:
-        """Give the model the weights of a file, in float32 with bits that bf16 drops."""
+        """Give the model the weights of a file, with bits that bf16 drops."""
         generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
         with torch.no_grad():
             for parameter in self.model.parameters():

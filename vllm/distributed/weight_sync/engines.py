@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The engines of a trainer, called all together, and what is said of those that fail."""
+"""The engines of a trainer, called all together, and how those fail that do."""
 
 from __future__ import annotations
 

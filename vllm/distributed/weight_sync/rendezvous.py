@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from vllm.distributed.weight_sync.manifest import Manifest
+from vllm.distributed.weight_sync.manifest import Manifest, Shard
 from vllm.distributed.weight_sync.memory import wait_until
 
 
@@ -89,9 +89,7 @@ class Rendezvous:
         deadline = time.monotonic() + limit
         try:
             # Looking is quiet; `TCPStore.wait` logs each time that it ends in vain.
-            wait_until(
-                lambda: self.has(key), deadline, f"{what}, {limit:.0f} s", check
-            )
+            wait_until(lambda: self.has(key), deadline, f"{what}, {limit:.0f} s", check)
             return self.store.get(key)
         except (DistNetworkError, DistStoreError) as error:
             raise ConnectionError(f"The trainer is gone: {error}") from error
@@ -104,6 +102,7 @@ class Rendezvous:
         self.store.set(f"{side}/{rank}", text)
 
     def get_manifests(self, side: str, size: int) -> list[Manifest]:
+        known: dict[bytes, list[Shard]] = {}
         return [
             Manifest.from_bytes(
                 base64.b64decode(
@@ -112,7 +111,8 @@ class Rendezvous:
                         lambda: None,
                         f"{side} rank {rank} to say which tensors it holds",
                     )
-                )
+                ),
+                known,
             )
             for rank in range(size)
         ]

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """An engine whose weights cannot be served refuses its requests.
 
-An update may fail half-way, on one rank or on all; a sleep of level 2 drops the weights;
-and an engine may have been told to wait for its first update. The engine then stays
+An update may fail half-way, on one rank or on all; a sleep of level 2 gives the weights
+up; an engine may have been told to wait for its first update. The engine then stays
 alive and answers each request with the reason, until all weights have been loaded.
 
 Only the model knows what was loaded. One that takes part has four methods:
