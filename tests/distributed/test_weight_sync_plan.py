@@ -122,10 +122,12 @@ def test_tied_tensors_under_either_name() -> None:
 
 
 def test_a_manifest_survives_its_bytes() -> None:
-    for manifest in manifests(Side(tp=2, fsdp=3), "trainer"):
-        read = Manifest.from_bytes(manifest.to_bytes())
+    known: dict[bytes, list[Shard]] = {}
+    for manifest in manifests(Side(tp=2, fsdp=3, copies=2), "trainer"):
+        read = Manifest.from_bytes(manifest.to_bytes(), known)
         assert read.location == manifest.location
         assert read.shards == manifest.shards
+    assert len(known) == 6  # copies share what was read
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])

@@ -33,6 +33,9 @@ class Model:
     def mark_mixed(self, reason):
         self.problem = reason
 
+    def require_update(self, why):
+        self.problem = why
+
     def weights_problem(self):
         self.progress = (False, False)
         return self.problem
@@ -41,7 +44,8 @@ class Model:
 class Engine:
     """Two ranks, and a scheduler of requests of two clients."""
 
-    def __init__(self) -> None:
+    def __init__(self, **additional_config) -> None:
+        self.vllm_config = SimpleNamespace(additional_config=additional_config)
         self.ranks = [Model(), Model()]
         self.model_executor = self.scheduler = self
         self.pause_state = PauseState.UNPAUSED
@@ -54,6 +58,9 @@ class Engine:
         self.asked += 1
         workers = [SimpleNamespace(get_model=lambda m=m: m) for m in self.ranks]
         return [method(worker, *args) for worker in workers]
+
+    def sleep(self, level):
+        self.slept = level
 
     def has_unfinished_requests(self):
         return bool(self.requests)
@@ -171,6 +178,28 @@ def test_requests_wait_while_the_engine_is_paused(engine, state):
     outputs, _ = engine.guard.step()
     assert len(engine.requests) == 2
     assert [output.request_id for output in outputs[0].outputs] == ["done"]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleep_that_drops_the_weights(engine, level):
+    engine.guard.sleep(level)
+    assert engine.slept == level
+    told = refused(engine)
+    assert len(told) == (0 if level == 1 else 2)
+    assert all("sleep of level 2" in reason for reason in told.values())
+    engine.call(lambda worker: worker.get_model().load(everything=False))
+    assert len(refused(engine)) == (0 if level == 1 else 2)
+    engine.call(lambda worker: worker.get_model().load())
+    assert refused(engine) == {}
+
+
+def test_an_engine_that_is_to_wait_for_its_first_update():
+    engine = Engine(require_weight_update=True)
+    assert all("require_weight_update" in why for why in refused(engine).values())
+    assert len(refused(engine)) == 2
+    engine.call(lambda worker: worker.get_model().load())
+    assert refused(engine) == {}
+    assert refused(Engine(require_weight_update=False)) == {}
 
 
 class Processor:

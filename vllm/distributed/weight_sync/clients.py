@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import inspect
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Protocol
 
@@ -20,16 +22,32 @@ from vllm.entrypoints.llm import LLM
 from vllm.v1.engine.async_llm import AsyncLLM
 
 Mode = Literal["keep", "wait", "abort"]
-WEIGHTS, KV_CACHE = ["weights"], ["kv_cache"]
+WEIGHTS, KV_CACHE = ["weights"], ["kv_cache"]  # tags of what sleeps
+FIRST_VERSION = "default"
+HEALTH_S = 2.0  # between two looks whether a server is there
 
 
 class Client(Protocol):
-    """One engine, or several that share a front-end."""
+    """One engine, or several that share a front-end.
+
+    Calls raise ConnectionError if the engine is gone, and TimeoutError if it is late.
+    """
+
+    name: str
+
+    def check(self) -> None:
+        """Raise ConnectionError if it is gone, as far as that is seen at once."""
+
+    def version(self) -> str:
+        """The label of its weights; "default" before the first update."""
 
     def size(self) -> int:
         """How many ranks it has, those of data-parallel engines included."""
 
     def init(self, info: dict[str, Any]) -> None: ...
+
+    def wake(self) -> None:
+        """Wake the weights if the engine sleeps."""
 
     def begin(self, update: int) -> None:
         """Let all ranks start to receive."""
@@ -41,7 +59,8 @@ class Client(Protocol):
 
     def clear_caches(self) -> None: ...
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Let requests run, after waking the KV cache if it sleeps."""
 
 
 def client_of(engine: object, timeout: float) -> Client:
@@ -66,14 +85,29 @@ def client_of(engine: object, timeout: float) -> Client:
 class LLMClient:
     """An `LLM`, whose requests all have ended when it is not in a call."""
 
+    name = "the LLM"
+
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
+        self._slept = False
+
+    def check(self) -> None:
+        pass  # its processes are those of its ranks, or end them
+
+    def version(self) -> str:
+        get = getattr(self._llm, "get_weight_version", None)  # since 0.32.0
+        return FIRST_VERSION if get is None else get()
 
     def size(self) -> int:
         return self._llm.llm_engine.vllm_config.parallel_config.world_size_across_dp
 
     def init(self, info: dict[str, Any]) -> None:
         self._llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
+
+    def wake(self) -> None:
+        self._slept = self._llm.llm_engine.is_sleeping()
+        if self._slept:
+            self._llm.wake_up(tags=WEIGHTS)
 
     def begin(self, update: int) -> None:
         _start(self._llm.start_weight_update, lambda: self.finish(None))
@@ -89,16 +123,20 @@ class LLMClient:
         self._llm.reset_prefix_cache()
 
     def resume(self) -> None:
-        pass
+        if self._slept:
+            self._llm.wake_up(tags=KV_CACHE)
 
 
 class AsyncLLMClient:
     """An `AsyncLLM`, called from another thread than that of its event loop."""
 
+    name = "the AsyncLLM"
+
     def __init__(self, engine: AsyncLLM, timeout: float) -> None:
         self._engine = engine
         self._timeout = timeout
         self._mode: Mode = "keep"
+        self._slept = False
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -116,7 +154,19 @@ class AsyncLLMClient:
                 "stop. Call `await asyncio.to_thread(sync.update)`."
             )
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
-        return future.result(self._timeout)
+        try:
+            return future.result(self._timeout)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise TimeoutError(f"No answer within {self._timeout:.0f} s.") from None
+
+    def check(self) -> None:
+        if self._engine.errored:
+            raise ConnectionError(f"{self.name} has died: {self._engine.dead_error}")
+
+    def version(self) -> str:
+        get = getattr(self._engine, "get_weight_version", None)  # since 0.32.0
+        return FIRST_VERSION if get is None else self._run(get())
 
     def size(self) -> int:
         return self._engine.vllm_config.parallel_config.world_size_across_dp
@@ -124,6 +174,11 @@ class AsyncLLMClient:
     def init(self, info: dict[str, Any]) -> None:
         request = WeightTransferInitRequest(info)
         self._run(self._engine.init_weight_transfer_engine(request))
+
+    def wake(self) -> None:
+        self._slept = self._run(self._engine.is_sleeping())
+        if self._slept:
+            self._run(self._engine.wake_up(WEIGHTS))
 
     def begin(self, update: int) -> None:
         _start(
@@ -146,6 +201,8 @@ class AsyncLLMClient:
         self._run(self._engine.reset_prefix_cache(reset_running_requests=keep))
 
     def resume(self) -> None:
+        if self._slept:
+            self._run(self._engine.wake_up(KV_CACHE))
         self._run(self._engine.resume_generation())
 
 
@@ -157,12 +214,26 @@ class HTTPClient:
         self._timeout = timeout
         self._session = requests.Session()
         self._mode: Mode = "keep"
+        self._slept = False
+        self._checked = 0.0
+        self.name = self._url
 
-    def _call(self, method: str, path: str, **arguments: Any) -> Any:
-        answer = self._session.request(
-            method, f"{self._url}{path}", timeout=self._timeout, **arguments
-        )
+    def _call(
+        self, method: str, path: str, optional: bool = False, **arguments: Any
+    ) -> Any:
+        try:
+            answer = self._session.request(
+                method, f"{self._url}{path}", timeout=self._timeout, **arguments
+            )
+        except requests.Timeout:
+            raise TimeoutError(
+                f"{path} was not answered within {self._timeout:.0f} s."
+            ) from None
+        except requests.ConnectionError as error:
+            raise ConnectionError(f"The server is gone: {error}") from error
         if answer.status_code == requests.codes.not_found:
+            if optional:
+                return None
             raise RuntimeError(
                 f"{self._url} has no {path}. Start the server with "
                 "VLLM_SERVER_DEV_MODE=1, and where only trainers can reach it."
@@ -172,11 +243,35 @@ class HTTPClient:
             raise RuntimeError(f"{self._url}{path}: {answer.text.strip()[:500]}")
         return answer.json() if answer.content else None
 
+    def check(self) -> None:
+        if time.monotonic() < self._checked + HEALTH_S:
+            return
+        self._checked = time.monotonic()
+        try:
+            answer = requests.get(f"{self._url}/health", timeout=HEALTH_S)
+        except requests.Timeout:
+            return  # it may be busy
+        except requests.ConnectionError as error:
+            raise ConnectionError(f"{self.name} is gone: {error}") from error
+        if answer.status_code == requests.codes.service_unavailable:
+            raise ConnectionError(f"The engine of {self.name} has died.")
+
+    def version(self) -> str:
+        info = self._call("GET", "/weight_info", optional=True)  # since 0.32.0
+        return FIRST_VERSION if info is None else str(info["weight_version"])
+
     def size(self) -> int:
         return int(self._call("GET", "/get_world_size")["world_size"])
 
     def init(self, info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
+
+    def wake(self) -> None:
+        # A server that runs without sleep mode may have no such path.
+        found = self._call("GET", "/is_sleeping", optional=True)
+        self._slept = bool(found and found["is_sleeping"])
+        if self._slept:
+            self._call("POST", "/wake_up", params={"tags": WEIGHTS})
 
     def begin(self, update: int) -> None:
         _start(
@@ -200,6 +295,8 @@ class HTTPClient:
         )
 
     def resume(self) -> None:
+        if self._slept:
+            self._call("POST", "/wake_up", params={"tags": KV_CACHE})
         self._call("POST", "/resume")
 
 

@@ -55,38 +55,45 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """Compressed JSON. Layouts that many tensors share are written once."""
+        """A line of JSON, and compressed JSON of what other ranks may have, too.
+
+        Layouts that many tensors share are written once.
+        """
+        # By what is fast to look up; the same layout may be several objects.
+        by_id = {id(shard.layout): shard.layout for shard in self.shards}
         layouts: dict[Layout, int] = {}
-        rows = [
-            [
-                shard.names,
-                layouts.setdefault(shard.layout, len(layouts)),
-                shard.optional,
-            ]
-            for shard in self.shards
-        ]
-        location = self.location
+        for layout in by_id.values():
+            layouts.setdefault(layout, len(layouts))
+        numbers = {key: layouts[layout] for key, layout in by_id.items()}
         content = {
-            "location": [
-                location.machine,
-                location.process,
-                location.device,
-                location.devices,
-            ],
             "layouts": [_layout_to_json(layout) for layout in layouts],
-            "shards": rows,
+            "names": [shard.names for shard in self.shards],
+            "numbers": [numbers[id(shard.layout)] for shard in self.shards],
+            "optional": [i for i, shard in enumerate(self.shards) if shard.optional],
         }
-        return zlib.compress(json.dumps(content).encode(), level=1)
+        place = self.location
+        location = [place.machine, place.process, place.device, place.devices]
+        packed = zlib.compress(json.dumps(content).encode(), level=1)
+        return json.dumps(location).encode() + b"\n" + packed
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Manifest:
-        content = json.loads(zlib.decompress(data))
-        machine, process, device, devices = content["location"]
-        layouts = [_layout_from_json(values) for values in content["layouts"]]
-        shards = [
-            Shard(tuple(names), layouts[index], optional)
-            for names, index, optional in content["shards"]
-        ]
+    def from_bytes(
+        cls, data: bytes, known: dict[bytes, list[Shard]] | None = None
+    ) -> Manifest:
+        """Read `to_bytes`.
+
+        Args:
+            data: One rank's.
+            known: What was read before. Ranks that hold the same share the list.
+
+        """
+        location, _, packed = data.partition(b"\n")
+        machine, process, device, devices = json.loads(location)
+        shards = None if known is None else known.get(packed)
+        if shards is None:
+            shards = _shards_from_json(json.loads(zlib.decompress(packed)))
+            if known is not None:
+                known[packed] = shards
         return cls(Location(machine, process, device, tuple(devices)), shards)
 
 
@@ -125,6 +132,17 @@ def location_of(device: torch.device) -> Location:
     ]
     index = torch.cuda.current_device() if device.index is None else device.index
     return Location(machine, os.getpid(), uuids[index], tuple(uuids))
+
+
+def _shards_from_json(content: dict[str, Any]) -> list[Shard]:
+    layouts = [_layout_from_json(values) for values in content["layouts"]]
+    optional = set(content["optional"])
+    return [
+        Shard(tuple(names), layouts[number], index in optional)
+        for index, (names, number) in enumerate(
+            zip(content["names"], content["numbers"], strict=True)
+        )
+    ]
 
 
 def _layout_to_json(layout: Layout) -> list[Any]:

@@ -8,7 +8,7 @@ import base64
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-PAUSE_S = 20e-6  # between two looks at a counter
+# Between two looks at a counter: at first, and at most.
+PAUSE_S, LONGEST_PAUSE_S = 20e-6, 1e-3
 CHECK_S = 0.2  # between two looks whether the other process is there
 
 
@@ -88,36 +89,44 @@ class Progress:
 
 
 def wait_until(
-    ready: Callable[[], bool], deadline: float, what: str, processes: Iterable[int]
+    ready: Callable[[], bool],
+    deadline: float,
+    what: str,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Look again and again until `ready()`.
+    """Look again and again until `ready()`; `check` is called now and then.
 
     Raises:
         TimeoutError: it was not by `deadline`, of `time.monotonic()`.
-        ConnectionError: one of `processes`, of this machine, has ended.
+        ConnectionError: `check` raises it, because the other end is gone.
 
     """
-    pause, waited = PAUSE_S, 0.0
+    pause, checked = PAUSE_S, time.monotonic()
     while not ready():
         time.sleep(pause)
-        waited += pause
-        pause = min(2 * pause, 1e-3)
-        if waited > CHECK_S:
-            waited = 0.0
-            require_running(processes)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Waited in vain for {what}.")
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+        now = time.monotonic()
+        if now > checked + CHECK_S:
+            checked = now
+            check()
+        if now > deadline:
+            raise TimeoutError(f"Waited in vain for {what}.")
 
 
-def require_running(processes: Iterable[int]) -> None:
-    """Raise ConnectionError if one of `processes` of this machine has ended."""
-    for process in processes:
+def require_running(processes: Mapping[int, str]) -> None:
+    """Raise ConnectionError if a process of this machine has ended.
+
+    Args:
+        processes: By process id, what runs in it.
+
+    """
+    for process, name in processes.items():
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
         except FileNotFoundError:
             state = " Z"
         if state.split()[0] in ("Z", "X"):
-            raise ConnectionError(f"Process {process} at the other end has ended.")
+            raise ConnectionError(f"The process of {name}, {process}, has ended.")
 
 
 def export_tensor(tensor: torch.Tensor) -> dict[str, Any]:

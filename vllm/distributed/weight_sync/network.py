@@ -125,6 +125,7 @@ class Links:
         targets: By engine rank: its buckets, and the backend of its link.
         device: Where buckets lie.
         rendezvous: Where both ends meet.
+        names: What each engine rank is called.
 
     """
 
@@ -134,8 +135,10 @@ class Links:
         targets: dict[int, tuple[list[list[Block]], str]],
         device: torch.device,
         rendezvous: Rendezvous,
+        names: Sequence[str],
     ) -> None:
         self._rank = rank
+        self._names = names
         self._targets = targets
         self._device = device
         self._rendezvous = rendezvous
@@ -165,7 +168,7 @@ class Links:
         for target, (_, backend) in self._targets.items():
             if target not in self._links:
                 store = PrefixStore(f"{rank}/{target}/{self._made}", rendezvous.store)
-                peer = f"engine rank {target}"
+                peer = self._names[target]
                 link = Link(store, 0, backend, peer, rendezvous.timeout)
                 self._links[target] = link
 

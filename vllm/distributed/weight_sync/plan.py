@@ -7,20 +7,22 @@ agreed. Each target gets each of its elements once; the number of bytes that mov
 thus the smallest there is.
 
 A large model has many tensors and few ways in which they are divided. What goes where
-is computed once for each of these ways.
+is computed once for each of these ways. Which tensors of the two sides are the same is
+found once for ranks that have the same names (`matching`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from vllm.distributed.weight_sync.manifest import Location, Manifest, Shard
+from vllm.distributed.weight_sync.manifest import Location, Manifest
+from vllm.distributed.weight_sync.matching import Layouts, match
 from vllm.model_executor.parameters.layout import Layout
 
-LISTED = 8
 Offsets = tuple[int, ...]
 
 
@@ -61,16 +63,8 @@ class _Part:
     target: int
     target_start: Offsets
     sizes: Offsets
+    dtype: torch.dtype
     sources: tuple[tuple[int, Offsets], ...]
-
-
-@dataclass
-class _Tensor:
-    """A tensor of the model: by rank, the shard there and its index in the manifest."""
-
-    name: str
-    sources: dict[int, tuple[int, Shard]] = field(default_factory=dict)
-    targets: dict[int, tuple[int, Shard]] = field(default_factory=dict)
 
 
 class _Route:
@@ -97,34 +91,30 @@ class Plan:
     ) -> None:
         self._sources = [manifest.location for manifest in sources]
         self._targets = [manifest.location for manifest in targets]
-        self._tensors = _match(sources, targets)
-        # By what divides a tensor on all ranks. Hashing a layout is slow: by its id.
-        known: dict[Layout, int] = {}
-        ids: dict[int, int] = {}
-        routes: dict[object, _Route] = {}
+        layouts = Layouts()
+        held = layouts.of_ranks([manifest.shards for manifest in sources])
+        wanted = layouts.of_ranks([manifest.shards for manifest in targets])
+        names = match(held, wanted, layouts)
+        self._held, self._wanted = held, wanted
+        # By tensor, a row of the layouts on all ranks. Rows that are the same bytes are
+        # divided in one way.
+        rows = np.stack([rank.layout_of_tensor() for rank in (*held, *wanted)], axis=1)
+        routes: dict[bytes, _Route] = {}
         self._routes: list[_Route] = []
-        for tensor in self._tensors:
-            key = []
-            for side in (tensor.sources, tensor.targets):
-                for rank, (_, shard) in side.items():
-                    layout = shard.layout
-                    if id(layout) not in ids:
-                        ids[id(layout)] = known.setdefault(layout, len(known))
-                    key += [rank, ids[id(layout)]]
-                key.append(-1)
-            signature = tuple(key)
-            if signature not in routes:
-                routes[signature] = _Route(self._parts_of(tensor))
-            self._routes.append(routes[signature])
+        for name, row in zip(names, rows, strict=True):
+            key = row.tobytes()
+            if key not in routes:
+                found = [None if i < 0 else layouts.layouts[i] for i in row]
+                parts = self._parts_of(name, found[: len(held)], found[len(held) :])
+                routes[key] = _Route(parts)
+            self._routes.append(routes[key])
 
     def pieces(self, source: int | None = None) -> Iterator[Piece]:
         """All pieces, or those of one source, tensor by tensor.
 
         Ranks that hold the same take turns.
         """
-        for turn, (tensor, route) in enumerate(
-            zip(self._tensors, self._routes, strict=True)
-        ):
+        for turn, route in enumerate(self._routes):
             parts = route.parts
             if source is not None:
                 parts = route.by_source.get(source, [])
@@ -132,24 +122,33 @@ class Plan:
                 chosen, start = part.sources[(turn + part.target) % len(part.sources)]
                 if source is not None and chosen != source:
                     continue
-                index, shard = tensor.targets[part.target]
                 yield Piece(
                     chosen,
                     part.target,
-                    tensor.sources[chosen][0],
-                    index,
+                    int(self._held[chosen].shard_of_tensor[turn]),
+                    int(self._wanted[part.target].shard_of_tensor[turn]),
                     start,
                     part.target_start,
                     part.sizes,
-                    shard.layout.dtype,
+                    part.dtype,
                 )
 
     def nbytes(self) -> int:
         """How many bytes an update moves in all."""
         return sum(piece.nbytes for piece in self.pieces())
 
-    def _parts_of(self, tensor: _Tensor) -> list[_Part]:
+    def _parts_of(
+        self,
+        name: str,
+        sources: list[Layout | None],
+        targets: list[Layout | None],
+    ) -> list[_Part]:
         """Which blocks each target gets of one tensor, and who has them.
+
+        Args:
+            name: The tensor's.
+            sources: By trainer rank, how it lies there; None if it does not.
+            targets: The same of engine ranks.
 
         Raises:
             ValueError: no trainer rank has some of its elements.
@@ -157,14 +156,16 @@ class Plan:
         """
         # By block of the whole: the ranks that hold it, and where.
         holders: dict[tuple[Offsets, Offsets], list[tuple[int, Offsets]]] = {}
-        for rank, (_, shard) in tensor.sources.items():
-            for box in shard.layout.boxes:
+        for rank, layout in enumerate(sources):
+            for box in () if layout is None else layout.boxes:
                 if box.numel():
                     ranks = holders.setdefault((box.whole, box.sizes), [])
                     ranks.append((rank, box.local))
         parts = []
-        for target, (_, shard) in tensor.targets.items():
-            for box in shard.layout.boxes:
+        for target, layout in enumerate(targets):
+            if layout is None:
+                continue
+            for box in layout.boxes:
                 missing = [_Block(box.whole, box.sizes)] if box.numel() else []
                 for (start, sizes), ranks in holders.items():
                     held, rest = _Block(start, sizes), []
@@ -179,13 +180,15 @@ class Plan:
                             (rank, _moved(common.start, start, local))
                             for rank, local in self._nearest(ranks, target)
                         )
-                        parts.append(_Part(target, moved, common.sizes, nearest))
+                        parts.append(
+                            _Part(target, moved, common.sizes, layout.dtype, nearest)
+                        )
                     missing = rest
                 if missing:
                     raise ValueError(
-                        f"No rank of the trainer has the elements of {tensor.name} "
+                        f"No rank of the trainer has the elements of {name} "
                         f"from {list(missing[0].start)}, {list(missing[0].sizes)} of "
-                        f"{list(shard.layout.shape)}. Call WeightSync on every rank "
+                        f"{list(layout.shape)}. Call WeightSync on every rank "
                         "that holds a part of the model."
                     )
         return parts
@@ -243,66 +246,3 @@ class _Block:
 def _moved(at: Offsets, origin: Offsets, to: Offsets) -> Offsets:
     """`at`, seen from `origin`, in coordinates in which `origin` is `to`."""
     return tuple(a - o + t for a, o, t in zip(at, origin, to, strict=True))
-
-
-def _match(sources: Sequence[Manifest], targets: Sequence[Manifest]) -> list[_Tensor]:
-    """The tensors of the engine in order, with the trainer's shards of the same name.
-
-    A tensor may have several names, if it is tied, and not the same on each rank.
-
-    Raises:
-        ValueError: names or shapes differ between the two sides.
-
-    """
-    by_name: dict[str, _Tensor] = {}
-    tensors: list[_Tensor] = []
-    for rank, manifest in enumerate(targets):
-        for index, shard in enumerate(manifest.shards):
-            tensor = next((by_name[n] for n in shard.names if n in by_name), None)
-            if tensor is None:
-                tensor = _Tensor(shard.names[0])
-                tensors.append(tensor)
-            by_name.update(dict.fromkeys(shard.names, tensor))
-            tensor.targets[rank] = (index, shard)
-    surplus: dict[str, None] = {}
-    untied: dict[str, None] = {}
-    for rank, manifest in enumerate(sources):
-        for index, shard in enumerate(manifest.shards):
-            known = [by_name[name] for name in shard.names if name in by_name]
-            if not known and not shard.optional:
-                surplus[shard.names[0]] = None
-            for tensor in known:
-                held = tensor.sources.setdefault(rank, (index, shard))
-                if held[0] != index:  # two tensors here, and one in the engine
-                    untied[f"{held[1].names[0]} and {shard.names[0]}"] = None
-    missing, misshaped = [], []
-    for tensor in tensors:
-        if not tensor.sources:
-            if not all(shard.optional for _, shard in tensor.targets.values()):
-                missing.append(tensor.name)
-            continue
-        shapes: dict[torch.Size, str] = {}
-        for side, shards in (("engine", tensor.targets), ("trainer", tensor.sources)):
-            for _, shard in shards.values():
-                shapes.setdefault(shard.layout.shape, side)
-        if len(shapes) > 1:
-            found = ", ".join(f"{list(s)} in the {side}" for s, side in shapes.items())
-            misshaped.append(f"{tensor.name} ({found})")
-    problems = {
-        "missing in the trainer": missing,
-        "missing in the engine": list(surplus),
-        "of another shape": misshaped,
-        "tied in the engine and not in the trainer": list(untied),
-    }
-    found = "; ".join(
-        f"{len(names)} {problem}: {', '.join(names[:LISTED])}"
-        + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-        for problem, names in problems.items()
-        if names
-    )
-    if found:
-        raise ValueError(
-            f"The trainer's and the engine's tensors differ: {found}. Give WeightSync "
-            "the module that the registered callable builds."
-        )
-    return [tensor for tensor in tensors if tensor.sources]

@@ -17,6 +17,7 @@ from vllm.distributed.weight_sync.memory import (
     Progress,
     import_tensor,
     map_shared,
+    require_running,
     wait_until,
 )
 from vllm.distributed.weight_sync.network import NetworkReceiver, require_equal
@@ -153,7 +154,9 @@ class Receiver:
             lambda: ready() or int(filled) == -update,
             deadline,
             f"trainer rank {self._source} to send",
-            [self._location.process],
+            lambda: require_running(
+                {self._location.process: f"trainer rank {self._source}"}
+            ),
         )
         if int(filled) == -update:
             raise ConnectionError(f"Trainer rank {self._source} gave the update up.")

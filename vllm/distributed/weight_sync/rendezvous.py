@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from vllm.distributed.weight_sync.manifest import Manifest
-
-SLICE_S = 0.5
+from vllm.distributed.weight_sync.manifest import Manifest, Shard
+from vllm.distributed.weight_sync.memory import wait_until
 
 
 class Rendezvous:
@@ -58,30 +57,42 @@ class Rendezvous:
     def set(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
 
-    def get(self, key: str, check: Callable[[], None] = lambda: None) -> Any:
-        """Wait for `key`, and call `check` from time to time, which may raise.
+    def has(self, key: str) -> bool:
+        return self.store.check([key])
+
+    def get(
+        self,
+        key: str,
+        check: Callable[[], None] = lambda: None,
+        what: str = "",
+        limit: float | None = None,
+    ) -> Any:
+        """Wait for `key`.
+
+        Args:
+            key: Under which something is said.
+            check: Called from time to time; it may raise.
+            what: What is waited for, for messages.
+            limit: Seconds, if not `timeout`.
 
         Raises:
             TimeoutError: nobody has set it within the time limit.
             ConnectionError: the store, and with it the trainer, is gone.
 
         """
-        return json.loads(self._wait(key, check, f"{key} was not said"))
+        return json.loads(self._wait(key, check, what or key, limit))
 
-    def _wait(self, key: str, check: Callable[[], None], what: str) -> bytes:
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                self.store.wait([key], timedelta(seconds=min(self.timeout, SLICE_S)))
-                return self.store.get(key)
-            except DistNetworkError as error:
-                raise ConnectionError(f"The trainer is gone: {error}") from error
-            except DistStoreError as error:
-                check()
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"{what} within {self.timeout:.0f} s."
-                    ) from error
+    def _wait(
+        self, key: str, check: Callable[[], None], what: str, limit: float | None = None
+    ) -> bytes:
+        limit = self.timeout if limit is None else limit
+        deadline = time.monotonic() + limit
+        try:
+            # Looking is quiet; `TCPStore.wait` logs each time that it ends in vain.
+            wait_until(lambda: self.has(key), deadline, f"{what}, {limit:.0f} s", check)
+            return self.store.get(key)
+        except (DistNetworkError, DistStoreError) as error:
+            raise ConnectionError(f"The trainer is gone: {error}") from error
 
     def forget(self, key: str) -> None:
         self.store.delete_key(key)
@@ -91,15 +102,17 @@ class Rendezvous:
         self.store.set(f"{side}/{rank}", text)
 
     def get_manifests(self, side: str, size: int) -> list[Manifest]:
+        known: dict[bytes, list[Shard]] = {}
         return [
             Manifest.from_bytes(
                 base64.b64decode(
                     self._wait(
                         f"{side}/{rank}",
                         lambda: None,
-                        f"{side} rank {rank} has not said which tensors it holds",
+                        f"{side} rank {rank} to say which tensors it holds",
                     )
-                )
+                ),
+                known,
             )
             for rank in range(size)
         ]

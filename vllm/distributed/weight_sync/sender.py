@@ -19,6 +19,7 @@ from vllm.distributed.weight_sync.memory import (
     Progress,
     SharedMemory,
     export_tensor,
+    require_running,
     wait_until,
 )
 from vllm.distributed.weight_sync.network import Links, backend_of
@@ -40,6 +41,7 @@ class Sender:
         outgoing: Its part of the traffic.
         manifests: Of all trainer ranks and of all engine ranks.
         rendezvous: Where other processes learn what to map.
+        names: What each engine rank is called, for messages.
 
     `committed` is the last update that all engines have committed, and `sent_bytes` how
     many bytes went to engine ranks in the last update.
@@ -52,6 +54,7 @@ class Sender:
         outgoing: Outgoing,
         manifests: tuple[Sequence[Manifest], Sequence[Manifest]],
         rendezvous: Rendezvous,
+        names: Sequence[str] = (),
     ) -> None:
         self._rank = rank
         self._entries = entries
@@ -63,7 +66,8 @@ class Sender:
         self._totals: list[tuple[int, torch.Tensor]] = []  # by shard
         sources, targets = manifests
         ring = self._ring = outgoing.ring
-        self._processes = {targets[r].location.process for r in ring.readers}
+        names = names or [f"engine rank {number}" for number in range(len(targets))]
+        self._processes = {targets[r].location.process: names[r] for r in ring.readers}
         here = {r for r, m in enumerate(targets) if m.location.process == os.getpid()}
         self._shown = [
             block
@@ -83,7 +87,8 @@ class Sender:
             target: (buckets, backend_of(here_is, targets[target].location))
             for target, buckets in outgoing.links.items()
         }
-        self._links = Links(rank, links, entries[0].local_tensor.device, rendezvous)
+        device = entries[0].local_tensor.device
+        self._links = Links(rank, links, device, rendezvous, names)
         address["links"] = {str(t): backend for t, (_, backend) in links.items()}
         rendezvous.set(f"address/{rank}", address)
         for target in range(len(targets)):
@@ -108,7 +113,6 @@ class Sender:
             ConnectionError: an engine's process has ended, or a link to it broke.
 
         """
-        progress = self._progress
         self._deltas.begin(update, self.committed, changed_only)
         self._totals.clear()
         self.sent_bytes = 0
@@ -119,9 +123,13 @@ class Sender:
             self._links.send(self._write)
             self._require_finite()
         except BaseException:
-            progress.filled[0] = -update
-            self._links.give_up(update)
+            self.give_up(update)
             raise
+
+    def give_up(self, update: int) -> None:
+        """Tell engines that no more of an update follows."""
+        self._progress.filled[0] = -update
+        self._links.give_up(update)
 
     def _show(self, update: int) -> None:
         """Let engines read blocks where they lie, and map them anew if they moved."""
@@ -158,8 +166,8 @@ class Sender:
                     (progress.emptied.clamp(min=first) > read).all()
                 ),
                 deadline,
-                "an engine to read what was sent",
-                self._processes,
+                f"{', '.join(self._processes.values())} to read what was sent",
+                lambda: require_running(self._processes),
             )
             slot = self._ring.slot(self._buckets, number)
             written = [

@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from vllm.distributed.weight_sync.clients import Client, Mode, client_of
+from vllm.distributed.weight_sync.clients import Mode
+from vllm.distributed.weight_sync.engines import Engines
 from vllm.distributed.weight_sync.manifest import manifest_of
 from vllm.distributed.weight_sync.memory import require_running
 from vllm.distributed.weight_sync.plan import Plan
@@ -29,7 +30,9 @@ logger = init_logger(__name__)
 BUCKET_BYTES = 64 << 20
 TIMEOUT_S = 600.0
 
-Engines = LLM | AsyncLLM | str | Sequence[str]
+DONE_LIMIT = 4  # times `timeout`: the first rank waits for several things in turn
+
+Engine = LLM | AsyncLLM | str | Sequence[str]
 
 
 class WeightSync:
@@ -70,7 +73,7 @@ class WeightSync:
     def __init__(
         self,
         model: nn.Module,
-        engine: Engines | None,
+        engine: Engine | None,
         *,
         parallel_context: ParallelContext | None = None,
         mode: Mode = "keep",
@@ -90,8 +93,7 @@ class WeightSync:
         several = dist.is_initialized()
         self._rank = dist.get_rank() if several else 0
         self._ranks = dist.get_world_size() if several else 1
-        self._engines = _as_list(engine) if self._rank == 0 else []
-        self._clients = [client_of(each, timeout) for each in self._engines]
+        self._engines = Engines(_as_list(engine) if self._rank == 0 else [], timeout)
         self._names = ModuleNames(model, parallel_context or ParallelContext())
         self._device = next(model.parameters()).device
         self._mode: Mode = mode
@@ -100,7 +102,8 @@ class WeightSync:
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout
         self._version = 0
-        self._processes: list[int] = []
+        self._processes: dict[int, str] = {}  # of engine ranks on this machine
+        self._rank_names: list[str] = []
         self._rendezvous: Rendezvous | None = None
         self._sender: Sender | None = None
 
@@ -120,7 +123,8 @@ class WeightSync:
                 it sends, in the engine's dtype.
 
         Returns:
-            The number of the update, from 1: the engines' weight version.
+            The number of the update, which is the engines' weight version. The first
+            is 1, or the one after the newest that an engine has.
 
         Raises:
             RuntimeError: it failed, on any rank or engine; the text says how. The old
@@ -136,14 +140,18 @@ class WeightSync:
         try:
             if self._rank == 0:
                 self._begin(update)
-            self._sender.send(update, changed_only)
+            self._send(update, changed_only)
         except Exception as error:
             failure = f"trainer rank {self._rank}: {type(error).__name__}: {error}"
             cause = error
         self._rendezvous.set(f"sent/{update}/{self._rank}", failure)
         if self._rank == 0:
             self._end(update)
-        failure = self._rendezvous.get(f"done/{update}")
+        failure = self._rendezvous.get(
+            f"done/{update}",
+            what="the trainer's first rank to end the update",
+            limit=DONE_LIMIT * self._timeout,
+        )
         if failure:
             raise RuntimeError(
                 f"Update {update} of the weights failed: {failure}"
@@ -167,10 +175,10 @@ class WeightSync:
     def _meet(self) -> None:
         """Let the ranks of both sides tell each other what they hold."""
         address: list[tuple[str, int] | None] = [None]
-        sizes = [client.size() for client in self._clients]
         if self._rank == 0:
-            urls = [each for each in self._engines if isinstance(each, str)]
-            self._rendezvous = Rendezvous(address_towards(urls), 0, self._timeout)
+            self._engines.look()
+            host = address_towards(self._engines.urls)
+            self._rendezvous = Rendezvous(host, 0, self._timeout)
             address = [self._rendezvous.address]
         if self._ranks > 1:
             dist.broadcast_object_list(address, src=0)
@@ -181,17 +189,18 @@ class WeightSync:
         manifest = manifest_of(self._names, self._device)
         rendezvous.set_manifest("trainer", self._rank, manifest)
         if self._rank == 0:
-            rendezvous.set("sizes", sizes)
-            self._init_engines(sizes)
-        engine_ranks = sum(rendezvous.get("sizes"))
+            self._init_engines()
+            rendezvous.set(
+                "engines", [self._engines.rank_names(), self._engines.version]
+            )
+        self._rank_names, self._version = rendezvous.get("engines")
         sources = rendezvous.get_manifests("trainer", self._ranks)
-        targets = rendezvous.get_manifests("engine", engine_ranks)
-        self._processes = [
-            target.location.process
-            for target in targets
+        targets = rendezvous.get_manifests("engine", len(self._rank_names))
+        self._processes = {
+            target.location.process: name
+            for target, name in zip(targets, self._rank_names, strict=True)
             if target.location.machine == manifest.location.machine
-        ]
-        self._engine_ranks = engine_ranks
+        }
         plan = Plan(sources, targets)
         held = self._names.held
         tensors = [entry.local_tensor for entry in held]
@@ -204,31 +213,50 @@ class WeightSync:
             shared={i for i, t in enumerate(tensors) if _is_shared(t)},
             network=self._network,
         )
-        self._sender = Sender(self._rank, held, traffic, (sources, targets), rendezvous)
+        both = (sources, targets)
+        names = self._rank_names
+        self._sender = Sender(self._rank, held, traffic, both, rendezvous, names)
+
+    def _send(self, update: int, changed_only: bool) -> None:
+        """Send to the engines, if all of them have begun to receive."""
+        assert self._rendezvous is not None and self._sender is not None
+        begun = self._rendezvous.get(
+            f"begun/{update}",
+            what="the trainer's first rank to begin the update",
+            limit=DONE_LIMIT * self._timeout,
+        )
+        if begun:
+            self._sender.send(update, changed_only)
+        else:
+            self._sender.give_up(update)
 
     # ---- The first rank
 
-    def _init_engines(self, sizes: list[int]) -> None:
+    def _init_engines(self) -> None:
         assert self._rendezvous is not None
         host, port = self._rendezvous.address
-        for number, client in enumerate(self._clients):
-            client.init(
-                {
-                    "host": host,
-                    "port": port,
-                    "first_rank": sum(sizes[:number]),
-                    "trainer_ranks": self._ranks,
-                    "staged": self._staged,
-                    "timeout": self._timeout,
-                }
-            )
+        self._engines.init(
+            {
+                "host": host,
+                "port": port,
+                "trainer_ranks": self._ranks,
+                "staged": self._staged,
+                "timeout": self._timeout,
+            }
+        )
 
     def _begin(self, update: int) -> None:
-        if not self._staged:
-            for client in self._clients:
-                client.pause(self._mode)
-        for client in self._clients:
-            client.begin(update)
+        """Let all engines begin to receive, and tell all ranks whether they have.
+
+        Raises:
+            RuntimeError: some have not.
+
+        """
+        assert self._rendezvous is not None
+        failures = self._engines.begin(update, None if self._staged else self._mode)
+        self._rendezvous.set(f"begun/{update}", not failures)
+        if failures:
+            raise RuntimeError("; ".join(failures))
 
     def _end(self, update: int) -> None:
         """Let all engines commit, or none, and tell all ranks of the trainer."""
@@ -236,51 +264,54 @@ class WeightSync:
         rendezvous = self._rendezvous
         failures = self._collect(update)
         last = update - 1  # all ranks are in this update, so they have read its keys
-        for key in (*self._keys(last), f"verdict/{last}", f"done/{last}"):
+        shared = (f"begun/{last}", f"verdict/{last}", f"done/{last}")
+        for key in (*self._said_by(last), *shared):
             rendezvous.forget(key)
+        engines = self._engines
         if self._staged and not failures:
             # Before the verdict, so that none commits if one engine is gone.
-            failures += self._call_each(lambda client: client.pause(self._mode))
+            failures += engines.call(lambda client: client.pause(self._mode))
         commits = not failures
         rendezvous.set(f"verdict/{update}", commits)
         version = str(update) if commits else None
-        failures += self._call_each(lambda client: client.finish(version))
+        failures += engines.finish(version)
         if commits:
-            failures += self._call_each(lambda client: client.clear_caches())
-        failures += self._call_each(lambda client: client.resume())
+            failures += engines.call(lambda client: client.clear_caches())
+        failures += engines.call(lambda client: client.resume())
+        if commits and failures:
+            failures.append(f"all engines that are not named serve version {update}")
         rendezvous.set(f"done/{update}", "; ".join(failures))
 
-    def _call_each(self, call: Callable[[Client], None]) -> list[str]:
-        """Call every engine, also after one has failed; how those failed."""
-        failures = []
-        for client in self._clients:
-            try:
-                call(client)
-            except Exception as error:
-                failures.append(f"{type(error).__name__}: {error}")
-        return failures
-
-    def _keys(self, update: int) -> list[str]:
-        """What each rank of both sides says under."""
-        sent = [f"sent/{update}/{rank}" for rank in range(self._ranks)]
-        return sent + [f"received/{update}/{r}" for r in range(self._engine_ranks)]
+    def _said_by(self, update: int) -> dict[str, str]:
+        """By key, the rank that says how it did in an update."""
+        trainers = range(self._ranks)
+        said_by = {f"sent/{update}/{rank}": f"trainer rank {rank}" for rank in trainers}
+        for rank, name in enumerate(self._rank_names):
+            said_by[f"received/{update}/{rank}"] = name
+        return said_by
 
     def _collect(self, update: int) -> list[str]:
         """What every rank of both sides says of an update, if it is not well."""
         assert self._rendezvous is not None
+        begun = self._rendezvous.get(f"begun/{update}")
         failures = []
-        for key in self._keys(update):
+        for key, name in self._said_by(update).items():
+            if key.startswith("received") and not begun:
+                break  # it may never say anything, and nothing was sent to it
             try:
-                said = self._rendezvous.get(
-                    key, lambda: require_running(self._processes)
-                )
+                what = f"{name} to say that the update has arrived"
+                said = self._rendezvous.get(key, self._check, what)
             except (ConnectionError, TimeoutError) as error:
-                said = str(error)
-                failures.append(said)
+                failures.append(str(error))
                 break
             if said:
-                failures.append(said)
+                failures.append(said if key.startswith("sent") else f"{name}: {said}")
         return failures
+
+    def _check(self) -> None:
+        """Raise ConnectionError if an engine is gone."""
+        require_running(self._processes)
+        self._engines.check()
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
@@ -288,7 +319,7 @@ def _is_shared(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_shared()
 
 
-def _as_list(engine: Engines | None) -> list[LLM | AsyncLLM | str]:
+def _as_list(engine: Engine | None) -> list[Any]:
     if engine is None or isinstance(engine, (LLM, AsyncLLM, str)):
-        return [engine]  # type: ignore[list-item]
+        return [engine]
     return list(engine)

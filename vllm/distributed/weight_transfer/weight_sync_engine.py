@@ -40,6 +40,8 @@ class WeightSyncInitInfo(WeightTransferInitInfo):
         trainer_ranks: How many ranks the trainer has.
         staged: Whether an update is kept aside until all of it has come.
         timeout: Seconds for any wait.
+        refuses: Why requests are to be refused until an update has come, a sentence;
+            empty if the weights are served meanwhile.
 
     """
 
@@ -49,11 +51,12 @@ class WeightSyncInitInfo(WeightTransferInitInfo):
     trainer_ranks: int
     staged: bool
     timeout: float
+    refuses: str = ""
 
 
 @dataclass
 class WeightSyncUpdateInfo(WeightTransferUpdateInfo):
-    """The number of an update, from 1."""
+    """The number of an update."""
 
     update: int
 
@@ -91,6 +94,8 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
         replica = parallel.data_parallel_index
         rank = torch.distributed.get_rank() % parallel.world_size
         rank += init_info.first_rank + replica * parallel.world_size
+        if init_info.refuses:
+            weights.update.require_update(init_info.refuses)
         self._session = _Session(weights, self.device, rank, init_info)
 
     def start_weight_update(self) -> None:
@@ -141,6 +146,9 @@ class _Session:
         self._local = LocalUpdate(weights, layouts, info.staged)
         self._receivers: list[Receiver | NetworkReceiver] | None = None
         self._thread: threading.Thread | None = None
+        # Beside that on which the model serves. One for all updates: PyTorch gives the
+        # memory of a stream only to the same stream again.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._update = 0
         self._rendezvous.set_manifest("engine", rank, manifest)
 
@@ -155,14 +163,12 @@ class _Session:
         """Receive an update, and say whether all of it has come."""
         said = ""
         try:
-            if self._device.type == "cuda":
-                # Beside the stream on which the model serves.
-                stream = torch.cuda.Stream(self._device)
-                with torch.cuda.device(self._device), torch.cuda.stream(stream):
-                    self._receive_all(update)
-                    stream.synchronize()
-            else:
+            if self._stream is None:
                 self._receive_all(update)
+            else:
+                with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                    self._receive_all(update)
+                    self._stream.synchronize()
         except Exception as error:
             logger.exception("Update %d of the weights did not arrive.", update)
             said = f"{type(error).__name__}: {error}"
@@ -201,8 +207,9 @@ class _Session:
             raise TimeoutError("An update of the weights is still under way.")
         if self._rendezvous.get(f"verdict/{self._update}"):
             self._local.commit()
-            if self._device.type == "cuda":
+            if self._stream is not None:
                 torch.cuda.current_stream(self._device).synchronize()
+                self._local.release()
         else:
             self._local.discard()
 

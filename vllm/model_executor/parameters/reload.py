@@ -171,6 +171,29 @@ def repack(layer: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
         leave_layerwise_reload(layer)
 
 
+def pack_shard(layer: nn.Module, local: torch.Tensor) -> bool:
+    """Pack this rank's part of the weight of an unquantized layer that packs it.
+
+    Args:
+        layer: For which `is_packed`.
+        local: The part, in the layer's dtype. If it was taken, the layer may go on
+            using its memory.
+
+    Returns:
+        Whether it was taken; other layers need `repack`.
+
+    """
+    kernel = layer._parameters["weight"]
+    if not _is_unquantized(layer) or kernel is None or kernel.shape == local.shape:
+        return False
+    layer._parameters["weight"] = nn.Parameter(local, requires_grad=False)
+    try:
+        cast(Any, layer).quant_method.process_weights_after_loading(layer)
+    finally:
+        layer._parameters["weight"] = kernel
+    return True
+
+
 def finish_repacking(layer: nn.Module, numel: int) -> None:
     """End the reload of a packed layer, of which everything has come, or nothing.
 
@@ -210,8 +233,12 @@ def finish_repacking(layer: nn.Module, numel: int) -> None:
         loader(*arguments.args, **arguments.kwargs)
 
 
+def keeps_weight(layer: nn.Module) -> bool:
+    """Whether a packed layer has its weight beside what it has packed."""
+    return isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod)
+
+
 def repack_tied(layer: nn.Module) -> None:
     """Pack the weight of an output head anew, which may be that of an embedding."""
-    method = getattr(layer, "quant_method", None)
-    if isinstance(method, UnquantizedEmbeddingMethod):
-        method.process_weights_after_loading(layer)
+    if keeps_weight(layer):
+        cast(Any, layer).quant_method.process_weights_after_loading(layer)

@@ -15,7 +15,10 @@ from vllm.model_executor.parameters.names import Entry
 from vllm.model_executor.parameters.reload import (
     is_loaded_in_place,
     is_packed,
+    keeps_weight,
+    pack_shard,
     repack,
+    repack_tied,
 )
 
 HOST_ROOM = 1.1  # staging lies on the host unless the device has so much more than it
@@ -42,6 +45,7 @@ class LocalUpdate:
         self._staged = staged
         self._rooms: dict[int, torch.Tensor] = {}  # by index of the entry
         self._device: torch.device | None = None
+        self._marked = False  # the model is known to be written to
 
     def check_complete(self, arriving: Iterable[tuple[int, tuple[int, ...]]]) -> None:
         """Raise ValueError unless all elements of all tensors are to arrive.
@@ -64,12 +68,14 @@ class LocalUpdate:
                 )
 
     def begin(self) -> None:
-        """From now on, `room` is written to."""
-        if not self._staged:
-            self._weights.update.mark_mixed("an update by WeightSync has not ended")
+        """From now on, `room` may be written to."""
+        self._marked = False
 
     def room(self, index: int) -> torch.Tensor:
         """A tensor of the local shape for one entry, whose blocks are to be filled."""
+        if not self._staged and not self._marked:
+            self._marked = True
+            self._weights.update.mark_mixed("an update by WeightSync has not ended")
         if index not in self._rooms:
             entry, layout = self._entries[index], self._layouts[index]
             local = entry.places[0].local_tensor
@@ -88,28 +94,45 @@ class LocalUpdate:
         """Make what arrived the model's weights, in place."""
         self._weights.update.mark_mixed("an update by WeightSync was not written")
         packed: dict[nn.Module, dict[str, int]] = {}
+        rewritten: list[nn.Module] = []
         for index, room in self._rooms.items():
             entry, layout = self._entries[index], self._layouts[index]
             written: set[int] = set()
             for place in entry.places:
                 owner, leaf = place.at
                 if is_packed(owner) and not is_loaded_in_place(owner, leaf):
-                    packed.setdefault(owner, {})[leaf] = index
-                    continue
+                    if not keeps_weight(owner):
+                        packed.setdefault(owner, {})[leaf] = index
+                        continue
+                    rewritten.append(owner)
                 local = place.local_tensor
                 if local is None or local is room or local.data_ptr() in written:
                     continue
                 written.add(local.data_ptr())
                 for box, part in layout.parts_of(local):
                     part.copy_(box.of_local(room))
+        for owner in rewritten:
+            repack_tied(owner)
+        taken: set[int] = set()
         for owner, leaves in packed.items():
+            index = next(iter(leaves.values()))
+            known = bool(self._entries[index].layout.boxes)
+            if known and pack_shard(owner, self._rooms[index]):
+                taken.add(index)
+                continue
             repack(owner, {leaf: self._whole(index) for leaf, index in leaves.items()})
+        for index in taken:
+            del self._rooms[index]  # it may be the layer's memory now
         self._weights.update.finish_load(self._weights.names.local_names())
 
     def discard(self) -> None:
         """Forget what arrived. A model that was written to stays refused."""
         if not self._staged:
             self._rooms.clear()
+
+    def release(self) -> None:
+        """Let PyTorch have the memory of what was kept aside; a sleep frees it."""
+        self._rooms.clear()
 
     def _whole(self, index: int) -> torch.Tensor:
         """A whole tensor for a layer's loader, which reads this rank's part of it."""
@@ -141,6 +164,8 @@ class LocalUpdate:
 
 def _packs(entry: Entry) -> bool:
     return any(
-        is_packed(place.owner) and not is_loaded_in_place(*place.at)
+        is_packed(place.owner)
+        and not keeps_weight(place.owner)
+        and not is_loaded_in_place(*place.at)
         for place in entry.places
     )

@@ -31,7 +31,7 @@ class UpdateState:
         self._tensors = tensors
         self._new: set[str] = set()  # names loaded in this update
         self._error: str | None = None  # of a load of this update
-        self._mixed: str | None = None  # why the weights are a mixture
+        self._why: str | None = None  # a sentence: the weights cannot be served
         self._stale: list[frozenset[str]] = []  # to be loaded to end that
         self.touched = False  # since the last `end`
 
@@ -44,7 +44,7 @@ class UpdateState:
         self._new |= names
         self._stale = [tensor for tensor in self._stale if not tensor & names]
         if not self._stale:
-            self._mixed = None
+            self._why = None
 
     def fail_load(self, error: BaseException, written: set[str] | None) -> None:
         """A load failed after it had written tensors by these names.
@@ -60,13 +60,20 @@ class UpdateState:
 
     def mark_mixed(self, reason: str) -> None:
         """An update failed, here or on another rank, after something had changed."""
+        self.require_update(
+            "The model's weights are a mixture of old and new ones, because an update "
+            f"failed half-way: {reason.rstrip('.')}."
+        )
+
+    def require_update(self, why: str) -> None:
+        """Serve nothing until every tensor was loaded; `why` is a sentence."""
         self.touched = True
-        self._mixed, self._stale = reason, list(self._tensors)
+        self._why, self._stale = why, list(self._tensors)
         self._new.clear()
 
     def has_new(self) -> bool:
         """Whether loads of this update have changed anything."""
-        return bool(self._new) or self._mixed is not None
+        return bool(self._new) or self._why is not None
 
     def is_complete(self) -> bool:
         """Whether they have brought every tensor."""
@@ -80,13 +87,12 @@ class UpdateState:
 
     def problem(self) -> str | None:
         """Why the weights cannot be served, and what to do."""
-        if self._mixed is None:
+        if self._why is None:
             return None
         stale = listed(sorted(min(tensor) for tensor in self._stale))
         return (
-            "The model's weights are a mixture of old and new ones, because an update "
-            f"failed half-way: {self._mixed.rstrip('.')}. Not loaded since: {stale}. "
-            "Load all weights, as by collective_rpc('reload_weights'), to serve again."
+            f"{self._why} Not loaded since: {stale}. Load all weights, as by "
+            "collective_rpc('reload_weights'), to serve again."
         )
 
     def agree(self, group: ProcessGroup) -> str | None:

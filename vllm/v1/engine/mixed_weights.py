@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""An engine whose weights are a mixture of old and new ones refuses its requests.
+"""An engine whose weights cannot be served refuses its requests.
 
-An update may fail half-way, on one rank or on all. The engine then stays alive and
-answers each request with the reason, until all weights have been loaded.
+An update may fail half-way, on one rank or on all; a sleep of level 2 gives the weights
+up; an engine may have been told to wait for its first update. The engine then stays
+alive and answers each request with the reason, until all weights have been loaded.
 
-Only the model knows what was loaded. One that takes part has three methods:
+Only the model knows what was loaded. One that takes part has four methods:
 
 - `weights_problem() -> str | None` is called on every rank before the first step after
   an update, and says why the weights cannot be served;
 - `update_progress() -> tuple[bool, bool]`: whether anything, and whether everything was
   loaded since the last such call;
 - `mark_mixed(reason: str) -> None`: the update failed on some rank, after something had
-  changed on one.
+  changed on one;
+- `require_update(why: str) -> None`: none of the weights may be served, and `why` is a
+  sentence that says so.
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+DROPS_WEIGHTS = 2  # a level of sleep
+# In `additional_config`: whether to refuse requests until all weights were updated.
+REQUIRE_UPDATE = "require_weight_update"
+
 Step = Callable[[], tuple[dict[int, EngineCoreOutputs] | None, bool]]
 
 
@@ -67,6 +74,12 @@ class WeightsGuard:
         self._unknown = False  # a call to the workers may have loaded weights
         self._failure: str | None = None  # of the last such call
         self._wrote_unseen = False  # it may have, past the model's own loader
+        options = engine.vllm_config.additional_config
+        if isinstance(options, dict) and options.get(REQUIRE_UPDATE):
+            self._require_update(
+                f"The engine was started with {REQUIRE_UPDATE}, and no update of all "
+                "weights has come yet."
+            )
 
     def collective_rpc(
         self,
@@ -86,6 +99,12 @@ class WeightsGuard:
             self._wrote_unseen = method == "reload_weights" and kernel_format
             raise
 
+    def sleep(self, level: int) -> None:
+        """Let the executor sleep, which at level 2 drops the weights."""
+        self._engine.model_executor.sleep(level)
+        if level >= DROPS_WEIGHTS:
+            self._require_update("A sleep of level 2 has given the weights up.")
+
     def step(self) -> tuple[dict[int, EngineCoreOutputs] | None, bool]:
         """Schedule and run a batch, or refuse all requests."""
         if not self._may_run() or not (problem := self._find_problem()):
@@ -96,6 +115,10 @@ class WeightsGuard:
         for client, ended in refused.items():
             outputs.setdefault(client, EngineCoreOutputs()).outputs += ended
         return outputs, executed
+
+    def _require_update(self, why: str) -> None:
+        self._ask(_require_update, None, (why,))
+        self._unknown = True
 
     def _ask(self, *call: Any) -> list[Any]:
         return self._engine.model_executor.collective_rpc(*call)
@@ -168,6 +191,12 @@ def _mark_mixed(worker: Any, reason: str) -> None:
     mark = getattr(worker.get_model(), "mark_mixed", None)
     if mark is not None:
         mark(reason)
+
+
+def _require_update(worker: Any, why: str) -> None:
+    mark = getattr(worker.get_model(), "require_update", None)
+    if mark is not None:
+        mark(why)
 
 
 # ---- In the front-end

@@ -285,6 +285,10 @@ class CallableModelWrapper(nn.Module):
         """An update failed on some rank, after something had changed on one."""
         self._weights.update.mark_mixed(reason)
 
+    def require_update(self, why: str) -> None:
+        """Refuse to serve, with the sentence `why`, until all weights are loaded."""
+        self._weights.update.require_update(why)
+
     def unregistered_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The module's constants that are no buffers, which a deep sleep would lose."""
         return unregistered_tensors(self.module)
