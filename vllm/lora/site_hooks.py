@@ -31,12 +31,14 @@ class BatchRows:
 
     Args:
         slots: the slot of each row's adapter, `[at least tokens]`; -1 is none.
+        host: the same on the CPU, if the process knows it without asking the device.
         tokens: how many rows the batch has.
         any_adapter: whether some row has one.
 
     """
 
     slots: torch.Tensor | None = None
+    host: torch.Tensor | None = None
     tokens: int = 0
     any_adapter: bool = True
 
@@ -113,8 +115,10 @@ class SiteHook:
         width = output.shape[-1]
         flat = x.reshape(-1) if self.site.is_embedding else x.reshape(-1, x.shape[-1])
         rows = self._rows_of(flat)
-        narrow = self._shrink(flat, rows, output.dtype)
-        delta = self._expand(narrow, rows, width)
+        host = self.rows.host
+        groups = rows if host is None else host[: len(rows)]
+        narrow = self._shrink(flat, rows, groups, output.dtype)
+        delta = self._expand(narrow, groups, width)
         return output + delta.view(output.shape)
 
     def _rows_of(self, flat: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,11 @@ class SiteHook:
         return self.rows.slots[:tokens]
 
     def _shrink(
-        self, x: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype
+        self,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        groups: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """A x, times the scale; summed over the ranks that divide the inputs."""
         slots, site = self.slots, self.site
@@ -146,7 +154,7 @@ class SiteHook:
         else:
             divided &= x.shape[-1] == site.local_inputs
             narrow = torch.ops.vllm.lora_grouped_product(
-                x, rows, slots.a, slots.ranks, True
+                x, groups, slots.a, slots.ranks, True
             )
         if divided:
             narrow = tensor_model_parallel_all_reduce(narrow.contiguous())
@@ -174,14 +182,14 @@ class SiteHook:
         return narrow
 
     def _expand(
-        self, narrow: torch.Tensor, rows: torch.Tensor, width: int
+        self, narrow: torch.Tensor, groups: torch.Tensor, width: int
     ) -> torch.Tensor:
         """B of `narrow`, of this rank's outputs or, if the layer gathers, of all."""
         slots, site = self.slots, self.site
         if site.local_outputs < site.outputs:
             narrow = tensor_model_parallel_copy(narrow)
         delta = torch.ops.vllm.lora_grouped_product(
-            narrow, rows, slots.b, slots.ranks, False
+            narrow, groups, slots.b, slots.ranks, False
         )
         if width > site.local_outputs:
             delta = tensor_model_parallel_all_gather(delta)[:, :width]

@@ -35,7 +35,8 @@ def lora_grouped_product(
 
     Args:
         x: `[tokens, width]` to shrink, `[tokens, most ranks]` to expand.
-        rows: `[tokens]`, the slot of each row's adapter; -1 is a row without one.
+        rows: `[tokens]`, the slot of each row's adapter; -1 is a row without one. On
+            the CPU where the process knows it, which spares a GPU the rows of others.
         factors: `[ranks of the slot, width]` for each slot.
         ranks: `[slots]`, how many ranks of each factor its adapter uses.
         shrink: from the width to the ranks, else from the ranks to the width.
@@ -49,7 +50,7 @@ def lora_grouped_product(
     most = max(factor.shape[0] for factor in factors)
     width = factors[0].shape[1]
     out = x.new_full((x.shape[0], most if shrink else width), 0.0 if shrink else -0.0)
-    if x.is_cuda:
+    if rows.is_cuda:
         return _by_masks(x, rows, factors, out, shrink)
     sizes = ranks.tolist()
     for slot, where in _rows_by_slot(rows):
@@ -100,7 +101,7 @@ def lora_factor_gradients(
 
     """
     gradients = [torch.zeros_like(factor) for factor in factors]
-    if wide.is_cuda:
+    if rows.is_cuda:
         for slot, factor in enumerate(factors):
             mine = (rows == slot).unsqueeze(1)
             part = torch.where(mine, narrow[:, : factor.shape[0]], 0)
