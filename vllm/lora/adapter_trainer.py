@@ -240,6 +240,12 @@ class AdapterTrainer:
         self.clear_gradients(name)
         return {"grad_norm": float(norm)}
 
+    def reset_optimizer(self, name: str) -> None:
+        """Forget the gradients and the optimizer's state."""
+        self.clear_gradients(name)
+        factors = self.adapters[name].parameters()
+        self._optimizers[name] = torch.optim.AdamW(factors)
+
     def clear_gradients(self, name: str) -> None:
         for factor in self.adapters[name].parameters():
             factor.grad = None
