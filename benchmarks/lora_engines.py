@@ -132,6 +132,8 @@ def serve(
             "kv_cache_memory_bytes": int(kv_cache_gb * 2**30),
             "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64, at_once]},
         }
+    else:
+        options["gpu_memory_utilization"] = 0.2  # of the host's memory
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         config = folder / "config.json"
