@@ -50,16 +50,19 @@ def random_prompts(
 
 
 def generation_rate(
-    llm: "LLM", prompts: list[dict[str, list[int]]], new_tokens: int
+    llm: "LLM", prompts: list[dict[str, list[int]]], new_tokens: int, **options: Any
 ) -> float:
-    """New tokens a second while `prompts` are generated together, greedily."""
+    """New tokens a second while `prompts` are generated together, greedily.
+
+    `options` are those of `LLM.generate`.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
     )
     begin = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
+    llm.generate(prompts, params, use_tqdm=False, **options)
     return len(prompts) * new_tokens / (time.perf_counter() - begin)
 
 

@@ -5,7 +5,7 @@
 import torch
 from torch import nn
 
-from vllm.lora.ops.grouped_product import NO_ADAPTER
+from vllm.lora.ops.grouped_product import NO_ADAPTER, expand_stack, shrink_stack
 from vllm.lora.site_hooks import BatchRows, SiteHook, Slots
 from vllm.lora.sites import find_sites
 from vllm.model_executor.parallel_context import ParallelContext
@@ -68,6 +68,41 @@ def test_the_broken_adapter_of_another_row():
     a[0].fill_(float("nan"))
     b[0].fill_(float("inf"))
     assert both(x, a, b)[ROWS != 0].isfinite().all()
+
+
+def test_a_stack_gives_what_slots_give():
+    """What an engine computes on a GPU, where it does not know the rows."""
+    x, a, b = torch.randn(7, 48), factors(48, torch.float32), factors(40, torch.float32)
+    stack_a, stack_b = (
+        torch.stack([nn.functional.pad(f, (0, 0, 0, 4 - f.shape[0])) for f in which])
+        for which in (a, b)
+    )
+    narrow = shrink_stack(x, ROWS, stack_a)
+    found = expand_stack(narrow, ROWS, stack_b, RANKS)
+    torch.testing.assert_close(found, both(x, a, b))
+    without = found[(ROWS == NO_ADAPTER) | (ROWS == 1)]  # of which 1 has rank 0
+    assert without.eq(0).all() and without.signbit().all()
+
+
+def test_adding_in_place():
+    x, a, b = torch.randn(7, 48), factors(48, torch.float32), factors(40, torch.float32)
+    stacks = [
+        torch.stack([nn.functional.pad(f, (0, 0, 0, 4 - f.shape[0])) for f in which])
+        for which in (a, b)
+    ]
+    scales = torch.tensor([1.0, 2.0, 0.5])
+    output = torch.randn(7, 40)
+    row_scales = scales[ROWS.clamp(min=0)].unsqueeze(1)
+    expected = output + both(x, a, b) * row_scales
+    for any_adapter, result in ((False, output.clone()), (True, expected)):
+        torch.ops.vllm.lora_add(
+            output, x, ROWS, *stacks, RANKS, scales, torch.tensor(any_adapter)
+        )
+        torch.testing.assert_close(output, result)
+    torch.library.opcheck(
+        torch.ops.vllm.lora_add.default,
+        (output, x, ROWS, *stacks, RANKS, scales, torch.tensor(True)),
+    )
 
 
 class Small(nn.Module):

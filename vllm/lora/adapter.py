@@ -91,6 +91,14 @@ class Adapter:
         factors = {name: f for name, f in self.factors.items() if name in sites}
         return Adapter(self.config, factors, self.embeddings & factors.keys())
 
+    def copy(self) -> Adapter:
+        """Its values as they are now, on the CPU, without gradients."""
+        factors = {
+            name: (a.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
+            for name, (a, b) in self.factors.items()
+        }
+        return Adapter(self.config, factors, self.embeddings)
+
     def parameters(self) -> list[torch.Tensor]:
         return [factor for pair in self.factors.values() for factor in pair]
 

@@ -29,16 +29,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vllm.distributed.communication_op import tensor_model_parallel_copy
-from vllm.model_executor.models.callable_model.logits import logits_function
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.training.batch_invariance import token_log_probs
-from vllm.v1.attention.training.sequences import packed_sequences
 
+from .adapted_module import AdaptedModule
 from .adapter import Adapter
 from .adapter_config import AdapterConfig
-from .site_hooks import BatchRows, SiteHook, Slots
-from .sites import Site, find_sites
+from .sites import Site
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -99,29 +96,13 @@ class AdapterTrainer:
         vocab_size: int | None = None,
         packed: bool | None = None,
     ) -> None:
-        self.module = module.requires_grad_(False)
-        self.context = context or ParallelContext()
-        self.sites: dict[str, Site] = find_sites(module, self.context)
-        self.device = next(module.parameters()).device
+        self._adapted = AdaptedModule(module, context, vocab_size)
+        self.sites: dict[str, Site] = self._adapted.sites
+        self.device = self._adapted.device
+        self.vocab_size = self._adapted.vocab_size
         self.packed = self.device.type != "cpu" if packed is None else packed
         self.adapters: dict[str, Adapter] = {}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
-        self._rows = BatchRows()
-        self._hooks = {name: SiteHook(s, self._rows) for name, s in self.sites.items()}
-        if vocab_size is None:
-            heads = [site.outputs for site in self.sites.values() if site.is_head]
-            if not heads:
-                raise ValueError(
-                    f"{type(module).__name__} has no output head by which the number "
-                    "of logits is known; pass vocab_size."
-                )
-            vocab_size = heads[0]
-        self._logits = logits_function(
-            type(module).__name__,
-            module,
-            vocab_size,
-            self.context.tensor_parallel_size,
-        )
 
     # ---- Adapters --------------------------------------------------------------------
 
@@ -225,71 +206,16 @@ class AdapterTrainer:
     ) -> list[torch.Tensor]:
         """One forward over the sequences of `groups`, which are sorted by adapter."""
         sequences = [batch[index] for _, group in groups for index in group]
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        names = [name for name, _ in groups if name is not None]
-        slots = [
-            -1 if sequence.adapter is None else names.index(sequence.adapter)
-            for sequence in sequences
-        ]
-        rows = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
-        self._rows.slots, self._rows.tokens = rows.to(self.device), len(rows)
-        tokens = torch.cat([s.tokens for s in sequences]).to(self.device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
-        hooks = self._fill_slots(names)
-        for hook in hooks:
-            hook.attach()
-        try:
-            with packed_sequences(bounds):
-                hidden_states = self.module(tokens, positions)
-                logits = self._logits(hidden_states)
-        finally:
-            for hook in hooks:
-                hook.detach()
-        assert logits is not None
-        return [
-            _log_probs(part, sequence.targets.to(self.device))
-            for part, sequence in zip(logits.split(lengths), sequences, strict=True)
-        ]
-
-    def _fill_slots(self, names: list[str]) -> list[SiteHook]:
-        """The hooks of the sites that one of the adapters changes."""
-        adapters = [self.adapters[name] for name in names]
-        used = []
-        for name, hook in self._hooks.items():
-            if not any(name in adapter.factors for adapter in adapters):
-                continue
-            site, slots = hook.site, Slots()
-            for adapter in adapters:
-                pair = adapter.factors.get(name)
-                if pair is None:
-                    empty = torch.empty(0, site.local_inputs, device=self.device)
-                    slots.a.append(empty)
-                    slots.b.append(empty.new_empty(0, site.local_outputs))
-                else:
-                    slots.a.append(self._local(pair[0], site.local_a, site.inputs))
-                    slots.b.append(self._local(pair[1], site.local_b, site.outputs))
-            ranks = [a.shape[0] for a in slots.a]
-            scales = [adapter.config.scale_of(name) for adapter in adapters]
-            slots.ranks = torch.tensor(ranks, dtype=torch.int32)
-            slots.scales = torch.tensor(scales, device=self.device)
-            hook.slots = slots
-            used.append(hook)
-        return used
-
-    def _local(
-        self,
-        factor: torch.Tensor,
-        local: Callable[[torch.Tensor], torch.Tensor],
-        width: int,
-    ) -> torch.Tensor:
-        """This rank's columns, whose gradients all ranks put together."""
-        part = local(factor)
-        return (
-            part
-            if part.shape[1] == width
-            else local(tensor_model_parallel_copy(factor))
+        logits = self._adapted.logits(
+            [
+                (None if s.adapter is None else self.adapters[s.adapter], s.tokens)
+                for s in sequences
+            ]
         )
+        return [
+            _log_probs(part, sequence.targets.to(part.device))
+            for part, sequence in zip(logits, sequences, strict=True)
+        ]
 
     # ---- Steps -----------------------------------------------------------------------
 
@@ -313,6 +239,12 @@ class AdapterTrainer:
         optimizer.step()
         self.clear_gradients(name)
         return {"grad_norm": float(norm)}
+
+    def reset_optimizer(self, name: str) -> None:
+        """Forget the gradients and the optimizer's state."""
+        self.clear_gradients(name)
+        factors = self.adapters[name].parameters()
+        self._optimizers[name] = torch.optim.AdamW(factors)
 
     def clear_gradients(self, name: str) -> None:
         for factor in self.adapters[name].parameters():

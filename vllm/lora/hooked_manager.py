@@ -111,8 +111,8 @@ class HookedLoRAManager:
         a = torch.zeros(number, most, site.local_inputs, **room)  # type: ignore
         b = torch.zeros(number, most, site.local_outputs, **room)  # type: ignore
         return Slots(
-            list(a.unbind()),
-            list(b.unbind()),
+            a,
+            b,
             torch.zeros(number, dtype=torch.int32, device=self.device),
             torch.zeros(number, dtype=torch.float32, device=self.device),
         )
@@ -156,6 +156,12 @@ class HookedLoRAManager:
                         f"The adapter has rank {rank} for {name}; expected at most "
                         f"max_lora_rank {self.config.max_lora_rank}."
                     )
+            if not all(bool(f.isfinite().all()) for f in adapter.parameters()):
+                # they would reach the rows of other adapters through the slots' stack
+                raise ValueError(
+                    "The adapter has values that are not finite; expected none. Its "
+                    "training has diverged."
+                )
             adapter = adapter.restricted_to(self._sites)
             adapter.check_fits(self._sites)
         except ValueError as error:
@@ -272,7 +278,7 @@ class HookedLoRAManager:
         tokens = self._write(self._token_slots, mapping.index_mapping, slot_of)
         self._samples = self._write(self._sample_slots, mapping.prompt_mapping, slot_of)
         self._rows.tokens = tokens
-        self._rows.any_adapter = bool(needed)
+        self._rows.any_adapter.fill_(bool(needed))
 
     def _write(
         self, rows: torch.Tensor, numbers: tuple[int, ...], slot_of: dict[int, int]

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import vllm.lora.ops.grouped_product  # noqa: F401 - registers the operator
 from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
 from vllm.distributed.communication_op import tensor_model_parallel_copy
 
+from .ops.grouped_product import scaled
 from .sites import Site
 
 
@@ -31,14 +31,16 @@ class BatchRows:
 
     Args:
         slots: the slot of each row's adapter, `[at least tokens]`; -1 is none.
+        host: the same on the CPU, if the process knows it without asking the device.
         tokens: how many rows the batch has.
-        any_adapter: whether some row has one.
+        any_adapter: bool `[]` on the CPU, whether some row has one.
 
     """
 
     slots: torch.Tensor | None = None
+    host: torch.Tensor | None = None
     tokens: int = 0
-    any_adapter: bool = True
+    any_adapter: torch.Tensor = field(default_factory=lambda: torch.tensor(True))
 
 
 @dataclass
@@ -46,15 +48,15 @@ class Slots:
     """The adapters of one site, in slots.
 
     Args:
-        a: `[ranks, local inputs]` for each slot.
-        b: `[ranks, local outputs]` for each slot.
+        a: `[ranks, local inputs]` for each slot; in an engine a stack of all.
+        b: `[ranks, local outputs]` for each slot; in an engine a stack of all.
         ranks: int32 `[slots]`, how many are in use.
         scales: float32 `[slots]`.
 
     """
 
-    a: list[torch.Tensor] = field(default_factory=list)
-    b: list[torch.Tensor] = field(default_factory=list)
+    a: list[torch.Tensor] | torch.Tensor = field(default_factory=list)
+    b: list[torch.Tensor] | torch.Tensor = field(default_factory=list)
     ranks: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     scales: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -94,7 +96,7 @@ class SiteHook:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Compiled code runs with other batches later, so it cannot ask what this has.
-        if not (self.rows.any_adapter or torch.compiler.is_compiling()):
+        if not torch.compiler.is_compiling() and not self.rows.any_adapter:
             return output
         first = args[0]
         if isinstance(output, tuple):  # vLLM's and Megatron's return their bias too
@@ -113,9 +115,36 @@ class SiteHook:
         width = output.shape[-1]
         flat = x.reshape(-1) if self.site.is_embedding else x.reshape(-1, x.shape[-1])
         rows = self._rows_of(flat)
-        narrow = self._shrink(flat, rows, output.dtype)
-        delta = self._expand(narrow, rows, width)
+        slots = self.slots
+        if self._adds_in_place(flat, output):
+            torch.ops.vllm.lora_add(
+                output.view(-1, width),
+                flat,
+                rows,
+                slots.a,
+                slots.b,
+                slots.ranks,
+                slots.scales,
+                self.rows.any_adapter,
+            )
+            return output
+        host = self.rows.host
+        groups = rows if host is None else host[: len(rows)]
+        narrow = self._shrink(flat, rows, groups, output.dtype)
+        delta = self._expand(narrow, groups, width)
         return output + delta.view(output.shape)
+
+    def _adds_in_place(self, flat: torch.Tensor, output: torch.Tensor) -> bool:
+        """Whether one operator does it: in an engine, where no rank divides a sum."""
+        site = self.site
+        return (
+            isinstance(self.slots.a, torch.Tensor)
+            and not torch.is_grad_enabled()
+            and not site.is_embedding
+            and output.is_contiguous()
+            and flat.shape[-1] == site.inputs == site.local_inputs
+            and output.shape[-1] == site.local_outputs
+        )
 
     def _rows_of(self, flat: torch.Tensor) -> torch.Tensor:
         """The slots of the rows of `flat`, `[tokens]` or `[tokens, inputs]`.
@@ -136,7 +165,11 @@ class SiteHook:
         return self.rows.slots[:tokens]
 
     def _shrink(
-        self, x: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype
+        self,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        groups: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """A x, times the scale; summed over the ranks that divide the inputs."""
         slots, site = self.slots, self.site
@@ -146,12 +179,11 @@ class SiteHook:
         else:
             divided &= x.shape[-1] == site.local_inputs
             narrow = torch.ops.vllm.lora_grouped_product(
-                x, rows, slots.a, slots.ranks, True
+                x, groups, _as_list(slots.a), slots.ranks, True
             )
         if divided:
             narrow = tensor_model_parallel_all_reduce(narrow.contiguous())
-        scales = slots.scales[rows.clamp(min=0)].to(dtype)
-        return narrow.to(dtype) * scales.unsqueeze(1)
+        return scaled(narrow, rows, slots.scales, dtype)
 
     def _look_up(
         self, ids: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype, divided: bool
@@ -174,18 +206,22 @@ class SiteHook:
         return narrow
 
     def _expand(
-        self, narrow: torch.Tensor, rows: torch.Tensor, width: int
+        self, narrow: torch.Tensor, groups: torch.Tensor, width: int
     ) -> torch.Tensor:
         """B of `narrow`, of this rank's outputs or, if the layer gathers, of all."""
         slots, site = self.slots, self.site
         if site.local_outputs < site.outputs:
             narrow = tensor_model_parallel_copy(narrow)
         delta = torch.ops.vllm.lora_grouped_product(
-            narrow, rows, slots.b, slots.ranks, False
+            narrow, groups, _as_list(slots.b), slots.ranks, False
         )
         if width > site.local_outputs:
             delta = tensor_model_parallel_all_gather(delta)[:, :width]
         return delta
+
+
+def _as_list(factors: list[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
+    return [factors] if isinstance(factors, torch.Tensor) else factors
 
 
 class _HeadMethod:

@@ -39,6 +39,18 @@ def _parser() -> argparse.ArgumentParser:
         help="may be repeated; also TINK_API_KEYS, separated by commas",
     )
     serve.add_argument(
+        "--trainer",
+        choices=("module", "hf"),
+        default="hf" if "USE_MEGATRON" in os.environ else "module",
+        help="the module that vLLM serves, or Hugging Face and PEFT; also "
+        "USE_MEGATRON=false for hf",
+    )
+    serve.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        help="one pass for the sequences of many runs; by default on a GPU",
+    )
+    serve.add_argument(
         "--sampler",
         choices=("hf", "vllm"),
         default="vllm" if flag(os.environ, "USE_VLLM") else "hf",
@@ -93,6 +105,8 @@ def main() -> int:
             device=arguments.device,
             max_queued_training=arguments.max_queued_training,
             max_queued_sampling=arguments.max_queued_sampling,
+            trainer=arguments.trainer,
+            packed=arguments.packed,
             sampler=arguments.sampler,
             max_lora_rank=arguments.max_lora_rank,
             max_adapters=arguments.max_adapters,

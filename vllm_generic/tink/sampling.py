@@ -4,21 +4,23 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
 
 from vllm_generic.tink import requests
 from vllm_generic.tink.backends.base import (
-    Adapter,
     SampleJob,
     Sampler,
     SamplingParams,
+    Version,
 )
 from vllm_generic.tink.checkpoints import Checkpoints
 from vllm_generic.tink.codec import csr_to_dense, encode_sample_output
 from vllm_generic.tink.errors import BusyError, UserError, require_base_model
 from vllm_generic.tink.futures import Futures
 from vllm_generic.tink.metrics import Metrics
+from vllm_generic.tink.recent import RecentAdapters
 from vllm_generic.tink.store import PROTOBUF, Row, Store
 
 SAMPLE = "sample"
@@ -60,6 +62,7 @@ class Sampling:
         store: Store,
         futures: Futures,
         checkpoints: Checkpoints,
+        recent: RecentAdapters,
         metrics: Metrics,
         max_queued: int,
     ) -> None:
@@ -68,6 +71,7 @@ class Sampling:
         self._store = store
         self._futures = futures
         self._checkpoints = checkpoints
+        self._recent = recent
         self._metrics = metrics
         self._max_queued = max_queued
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -140,7 +144,7 @@ class Sampling:
             request = requests.Sample.model_validate_json(row["body"])
             job = self.job(request)
             started = time.monotonic()
-            output = await self.sampler.sample(self.adapter(row["queue"]), job)
+            output = await self.sampler.sample(self.version(row["queue"]), job)
             self._metrics.operation(SAMPLE, time.monotonic() - started)
         except Exception as error:
             self._futures.fail_with(key, error)
@@ -150,7 +154,7 @@ class Sampling:
             self._metrics.sampled_tokens.inc(drawn)
             self._futures.finish(key, PROTOBUF, encode_sample_output(output))
 
-    def adapter(self, sampler_id: str) -> Adapter | None:
+    def version(self, sampler_id: str) -> Version | None:
         """The weights of a sampler, or None for the base model."""
         row = self._store.get("samplers", sampler_id)
         if row["folder"] == "":
@@ -159,16 +163,19 @@ class Sampling:
                 "session is over. Save weights under a name to keep them."
             )
         if row["folder"] is not None:
-            return Adapter(row["id"], self._checkpoints.sampler(row["id"]))
+            return self._version(row["id"], self._checkpoints.sampler(row["id"]))
         if row["model_path"] is None:
             return None
-        return self.checkpoint_adapter(row["model_path"], row["owner"])
+        return self.checkpoint_version(row["model_path"], row["owner"])
 
-    def checkpoint_adapter(self, path: str, owner: str) -> Adapter:
+    def checkpoint_version(self, path: str, owner: str) -> Version:
         row = self._store.checkpoint(path, owner)
         folder = self._checkpoints.named(row["run_id"], row["kind"], row["name"])
         # a name that was saved again has other weights
-        return Adapter(f"{path}@{row['created']}", folder)
+        return self._version(f"{path}@{row['created']}", folder)
+
+    def _version(self, key: str, folder: Path) -> Version:
+        return Version(key, folder, self._recent.get(folder))
 
     def job(self, request: requests.Sample) -> SampleJob:
         """The request as the sampler takes it; UserError if it cannot."""

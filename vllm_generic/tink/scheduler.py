@@ -19,6 +19,7 @@ from vllm_generic.tink.codec import encode_batch_output
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.futures import Futures
 from vllm_generic.tink.metrics import Metrics
+from vllm_generic.tink.recent import RecentAdapters
 from vllm_generic.tink.runs import Run, Runs
 from vllm_generic.tink.saves import Saves
 from vllm_generic.tink.store import PROTOBUF, Store
@@ -40,6 +41,7 @@ class Scheduler:
         futures: Futures,
         checkpoints: Checkpoints,
         saves: Saves,
+        recent: RecentAdapters,
         metrics: Metrics,
     ) -> None:
         self._runs = runs
@@ -48,6 +50,7 @@ class Scheduler:
         self._futures = futures
         self._checkpoints = checkpoints
         self._saves = saves
+        self._recent = recent
         self._metrics = metrics
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
@@ -177,7 +180,9 @@ class Scheduler:
             await self._load(step)
         elif kind in ops.SAVES:
             step, request = self._saves.prepare(step)
-            size = await self._in_thread(self._training.save, step)
+            size, adapter = await self._in_thread(self._training.save, step)
+            assert step.target is not None
+            self._recent.put(step.target, adapter)
             self._saves.record(step, request, size)
         else:
             raise UserError(f"unknown request {kind!r}")

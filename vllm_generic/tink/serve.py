@@ -4,15 +4,23 @@
 
 import logging
 import socket
+from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
 
 from vllm_generic.tink.app import build_app
 from vllm_generic.tink.backends import hf_model
-from vllm_generic.tink.backends.base import Sampler
+from vllm_generic.tink.backends.base import Sampler, Trainer
 from vllm_generic.tink.backends.hf_sampler import HFSampler
 from vllm_generic.tink.backends.hf_trainer import HFTrainer
+from vllm_generic.tink.backends.module_trainer import ModuleTrainer
+from vllm_generic.tink.backends.packed_model import (
+    PackedModel,
+    copy_sharing_parameters,
+    pack,
+)
 from vllm_generic.tink.backends.tiny_model import make_tiny_model
 from vllm_generic.tink.backends.vllm_sampler import VLLMSampler
 from vllm_generic.tink.service import Service
@@ -25,8 +33,6 @@ TINY_NAME = "tiny/model"
 
 def build_service(settings: Settings) -> Service:
     """Load the model; without one in the settings, the tiny one is made."""
-    from transformers import AutoTokenizer
-
     folder, name = settings.model_dir, settings.model_name
     if folder is None:
         folder = make_tiny_model(settings.root / "tiny_model")
@@ -34,22 +40,42 @@ def build_service(settings: Settings) -> Service:
         # so small a model only loses by sharing its products among threads
         torch.set_num_threads(1)
     base = hf_model.load_base(folder, settings.device)
-    # Adapters that sample are kept apart from those that train, so that neither waits
-    # for the other; the frozen weights are the same tensors.
-    sampler: Sampler = HFSampler(
-        hf_model.copy_sharing_parameters(base),
+    return Service(
+        settings,
+        name or folder.name,
+        folder,
+        _trainer(settings, base),
+        _sampler(settings, folder, base),
+    )
+
+
+def _trainer(settings: Settings, base: Any) -> Trainer:
+    """A trainer of the settings' kind.
+
+    It and a sampler have modules of their own, so that neither waits for the other; the
+    frozen weights are the same tensors.
+    """
+    if settings.trainer == "hf":
+        return HFTrainer(copy_sharing_parameters(base))
+    packed = settings.packed
+    if packed is None:
+        packed = settings.device != "cpu"
+    return ModuleTrainer(pack(base), packed)
+
+
+def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
+    from transformers import AutoTokenizer
+
+    if settings.sampler == "vllm":
+        return VLLMSampler(
+            folder, settings.device, settings.max_adapters, settings.max_lora_rank
+        )
+    return HFSampler(
+        base,
+        pack(base) if settings.trainer == "module" else PackedModel(base, packed=False),
         AutoTokenizer.from_pretrained(folder),
         settings.max_adapters,
     )
-    if settings.sampler == "vllm":
-        sampler = VLLMSampler(
-            folder,
-            settings.device,
-            settings.max_adapters,
-            settings.max_lora_rank,
-            scorer=sampler,
-        )
-    return Service(settings, name or folder.name, folder, HFTrainer(base), sampler)
 
 
 def serve(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from vllm_generic.tink.backends.base import Sampler, Trainer
 from vllm_generic.tink.checkpoints import Checkpoints
 from vllm_generic.tink.futures import Futures
 from vllm_generic.tink.metrics import Metrics
+from vllm_generic.tink.recent import RecentAdapters
 from vllm_generic.tink.runs import Runs
 from vllm_generic.tink.sampling import Sampling
 from vllm_generic.tink.saves import Saves
@@ -51,6 +52,7 @@ class Service:
         self.checkpoints = Checkpoints(settings.root)
         self.futures = Futures(self.store)
         self.metrics = Metrics()
+        recent = RecentAdapters(settings.max_adapters)
         self.runs = Runs(self.store, self.futures, settings.max_queued_training)
         self.sampling = Sampling(
             sampler,
@@ -58,6 +60,7 @@ class Service:
             self.store,
             self.futures,
             self.checkpoints,
+            recent,
             self.metrics,
             settings.max_queued_sampling,
         )
@@ -68,6 +71,7 @@ class Service:
             self.futures,
             self.checkpoints,
             Saves(self.store, self.futures, self.checkpoints),
+            recent,
             self.metrics,
         )
         self._tasks: set[asyncio.Task[None]] = set()

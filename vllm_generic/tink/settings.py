@@ -31,6 +31,8 @@ class Settings:
     # key -> user; with none, every key is taken, and each is a user of its own
     api_keys: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    trainer: str = "module"  # or "hf"
+    packed: bool | None = None  # by default on a GPU
     sampler: str = "hf"  # or "vllm"
     max_queued_training: int = 256  # requests of one run
     max_queued_sampling: int = 2048  # requests of all samplers

@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm_generic.tink import requests, wire
 from vllm_generic.tink import training as ops
-from vllm_generic.tink.backends.base import Adapter, Batch, Datum, LoraSpec, SampleJob
+from vllm_generic.tink.backends.base import Batch, Datum, LoraSpec, SampleJob, Version
 from vllm_generic.tink.checkpoints import confined
 from vllm_generic.tink.codec import encode_batch
 from vllm_generic.tink.errors import NotFoundError, UserError
@@ -145,30 +145,30 @@ async def optim_step(
     return {"model_id": run.id, **result}
 
 
-async def _adapter(
+async def _version(
     service: Service, owner: str, model_id: str | None
-) -> Adapter | None:
+) -> Version | None:
     """The weights that a model id means: the base, files, a checkpoint, or a run."""
     if model_id is None or model_id == service.model_name:
         return None
     if model_id.startswith("tinker://"):
-        return service.sampling.checkpoint_adapter(model_id, owner)
+        return service.sampling.checkpoint_version(model_id, owner)
     for row in service.store.adapters(owner):
         if row["name"] == model_id:
             folder = confined(service.settings.adapters_root, row["folder"])
-            return Adapter(f"{folder}@{row['created']}", folder)
+            return Version(f"{folder}@{row['created']}", folder)
     run = _own_run(service, owner, model_id)
     # a name that the next sample of this run takes again
     body = {"path": "current", "overwrite": True}
     result = json.loads(await _finish(service, owner, run, ops.SAVE_SAMPLER, body))
-    return service.sampling.checkpoint_adapter(result["path"], owner)
+    return service.sampling.checkpoint_version(result["path"], owner)
 
 
 async def sample(
     service: Service, owner: str, request: requests.TextSample
 ) -> dict[str, Any]:
     """One completion for each prompt."""
-    adapter = await _adapter(service, owner, request.model_id)
+    version = await _version(service, owner, request.model_id)
     sampler = service.sampling.sampler
     params = sampling_params(request.sampling_params)
     jobs = []
@@ -180,7 +180,7 @@ async def sample(
                 f"{sampler.max_length - 1}"
             )
         jobs.append(SampleJob(tokens, params))
-    outputs = await asyncio.gather(*(sampler.sample(adapter, job) for job in jobs))
+    outputs = await asyncio.gather(*(sampler.sample(version, job) for job in jobs))
     completions = []
     for job, output in zip(jobs, outputs, strict=True):
         (sequence,) = output.sequences

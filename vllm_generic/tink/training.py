@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_generic.tink.backends.base import AdamParams, Batch, BatchOutput, Trainer
+from vllm.lora.adapter import Adapter
+from vllm.lora.adapter_trainer import AdamWParams
+from vllm_generic.tink.backends.base import Batch, BatchOutput, Trainer
 from vllm_generic.tink.checkpoints import Checkpoints
 from vllm_generic.tink.codec import decode_batch, parse_batch
 from vllm_generic.tink.errors import UserError
@@ -30,13 +32,13 @@ class Step:
     target: Path | None = None  # the folder that is saved
 
 
-def adam_params(request: dict[str, Any]) -> AdamParams:
+def adam_params(request: dict[str, Any]) -> AdamWParams:
     other = request.get("optimizer_params")
     if other is not None:
         raise UserError(
             f"the optimizer {other.get('type')!r} is not available; use AdamParams"
         )
-    return AdamParams(**request.get("adam_params", {}))
+    return AdamWParams(**request.get("adam_params", {}))
 
 
 class Training:
@@ -74,23 +76,26 @@ class Training:
         self.trainer.load(step.run.id, step.source, optimizer)
         self.snapshot(step.run, step.operation.seq)
 
-    def save(self, step: Step) -> int:
+    def save(self, step: Step) -> tuple[int, Adapter]:
         """Write the adapter into the target, with the optimizer's state if it is for
-        training. Answers the size in bytes."""
+        training. Answers the size in bytes, and the adapter."""
         assert step.target is not None
         self._restore(step)
-        optimizer = step.operation.kind == SAVE
-        return self._checkpoints.write(
-            step.target,
-            lambda folder: self.trainer.save(step.run.id, folder, optimizer),
-        )
+        return self._write(step.target, step.run, step.operation.kind == SAVE)
 
     def snapshot(self, run: Run, seq: int) -> None:
         """Write the state after ``seq``, which left no gradients."""
-        self._checkpoints.write(
-            self._checkpoints.snapshot(run.id, seq),
-            lambda folder: self.trainer.save(run.id, folder, optimizer=True),
-        )
+        self._write(self._checkpoints.snapshot(run.id, seq), run, optimizer=True)
+
+    def _write(self, target: Path, run: Run, optimizer: bool) -> tuple[int, Adapter]:
+        adapter = self.trainer.export(run.id)
+
+        def save(folder: Path) -> None:
+            adapter.save(folder)
+            if optimizer:
+                self.trainer.save_optimizer(run.id, folder)
+
+        return self._checkpoints.write(target, save), adapter
 
     def unload(self, run: Run) -> None:
         """Forget a run; its next request restores it."""

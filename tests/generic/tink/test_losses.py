@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from vllm.lora.adapter import Adapter
+from vllm.lora.adapter_trainer import AdamWParams
 from vllm_generic.tink import wire
 from vllm_generic.tink.backends import hf_model
-from vllm_generic.tink.backends.base import AdamParams, Batch, Datum, LoraSpec
+from vllm_generic.tink.backends.base import Batch, Datum, LoraSpec, Trainer
 from vllm_generic.tink.backends.hf_trainer import HFTrainer
+from vllm_generic.tink.backends.module_trainer import ModuleTrainer
+from vllm_generic.tink.backends.packed_model import pack
 from vllm_generic.tink.backends.tiny_model import make_tiny_model
 from vllm_generic.tink.codec import decode_batch, parse_batch
 from vllm_generic.tink.errors import UserError
@@ -23,14 +27,48 @@ LENGTH, VOCAB, TARGETS = 12, 1024, 5
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> HFTrainer:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module", params=["hf", "one by one", "packed"])
+def trainer(request: pytest.FixtureRequest, folder: Path) -> Trainer:
     """One run, after a step: neither factor of the adapter is zero."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-    trainer = HFTrainer(hf_model.load_base(folder, "cpu"))
+    base = hf_model.load_base(folder, "cpu")
+    trainer: Trainer
+    if request.param == "hf":
+        trainer = HFTrainer(base)
+    else:
+        trainer = ModuleTrainer(pack(base), packed=request.param == "packed")
     trainer.create("run", LoraSpec(rank=4, seed=1))
     trainer.forward_backward({"run": Batch([_datum(weights=True)], "cross_entropy")})
-    trainer.optim_step("run", AdamParams(learning_rate=1e-2))
+    trainer.optim_step("run", AdamWParams(learning_rate=1e-2))
     return trainer
+
+
+def _take_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The gradients of the run by PEFT's names, which are cleared."""
+    if isinstance(trainer, HFTrainer):
+        parameters = trainer._named_parameters("run")
+        grads = {key.replace(".run1.", "."): p.grad for key, p in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return grads
+    assert isinstance(trainer, ModuleTrainer)
+    own = trainer._trainer.adapters["run"]
+    grads = Adapter(
+        own.config, {name: (a.grad, b.grad) for name, (a, b) in own.factors.items()}
+    ).state_dict()
+    trainer._trainer.clear_gradients("run")
+    return grads
+
+
+def _in_float64(trainer: Trainer, base: Path, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    trainer.export("run").save(adapter)
+    model = hf_model.load_base(base, "cpu")
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True).eval().double()
 
 
 def _datum(seed: int = 0, k: int | None = None, **which: Any) -> Datum:
@@ -89,8 +127,14 @@ CLIP = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}
     ],
 )
 def test_loss_and_gradient(
-    trainer: HFTrainer, name: str, data: list[Datum], config: dict[str, float]
+    trainer: Trainer,
+    name: str,
+    data: list[Datum],
+    config: dict[str, float],
+    folder: Path,
+    tmp_path: Path,
 ) -> None:
+    data = copy.deepcopy(data)
     # the sampler's values are near the model's, so that only some ratios are clipped
     scored = Batch(
         [
@@ -115,12 +159,8 @@ def test_loss_and_gradient(
     batch = Batch(data, name, config)
     check_batch(batch, 2048, VOCAB)
     out = trainer.forward_backward({"run": batch})["run"]
-    parameters = trainer._named_parameters("run")
-    grads = {key: p.grad.clone() for key, p in parameters.items()}
-    for parameter in parameters.values():
-        parameter.grad = None
-
-    exact = copy.deepcopy(trainer._peft).double()
+    grads = _take_gradients(trainer)
+    exact = _in_float64(trainer, folder, tmp_path)
     total = torch.zeros((), dtype=torch.float64)
     for d, lp in zip(data, out.logprobs, strict=True):
         logits = exact(input_ids=torch.from_numpy(d.tokens)[None]).logits[0]
@@ -137,7 +177,10 @@ def test_loss_and_gradient(
         total = total + _reference(name, picked, inputs, config)
     total.backward()
     assert out.metrics["loss:sum"] == pytest.approx(float(total), rel=1e-5, abs=1e-4)
-    exact_parameters = dict(exact.named_parameters())
+    exact_parameters = {
+        key.replace(".default.", "."): p for key, p in exact.named_parameters()
+    }
+    assert len(grads) == 2 * 15
     for key, grad in grads.items():
         reference = exact_parameters[key].grad
         scale = float(reference.abs().max())
@@ -243,20 +286,45 @@ def test_the_table_is_the_clients() -> None:
         assert ours == fields(getattr(tinker_public_pb2, name).DESCRIPTOR)
 
 
-def test_export_is_loaded_by_peft(trainer: HFTrainer, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import LlamaForCausalLM
-
-    trainer.save("run", tmp_path / "adapter", optimizer=False)
-    plain = LlamaForCausalLM(trainer.base.config)
-    base = {
-        key.replace(".base_layer", "").removeprefix("base_model.model."): value
-        for key, value in trainer._peft.state_dict().items()
-        if "lora_" not in key
+def test_runs_in_one_pass(folder: Path) -> None:
+    """Packed with others a run has the gradients and metrics that it has alone."""
+    alone, packed = (
+        ModuleTrainer(pack(hf_model.load_base(folder, "cpu")), packed=which)
+        for which in (False, True)
+    )
+    batches = {
+        "a": Batch([_datum(1, weights=True), _datum(2, weights=True)], "cross_entropy"),
+        "b": Batch([_datum(3)], "importance_sampling"),
+        "c": Batch([_datum(4, k=3, weights=True)], "cross_entropy", forward_only=True),
     }
-    plain.load_state_dict(base)
-    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-    tokens = torch.arange(20)[None]
+    outputs = []
+    for trainer in (alone, packed):
+        for rank, run in enumerate(batches, start=3):
+            trainer.create(run, LoraSpec(rank=rank, seed=rank))
+        outputs.append(trainer.forward_backward(batches))
+        assert trainer.optim_step("c", AdamWParams())["grad_norm:mean"] == 0
+    for run, batch in batches.items():
+        one, other = (output[run] for output in outputs)
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+        assert len(one.logprobs) == len(batch.data)
+        for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+        norms = [
+            trainer.optim_step(run, AdamWParams())["grad_norm:mean"]
+            for trainer in (alone, packed)
+        ]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_export_is_loaded_by_peft(
+    trainer: Trainer, folder: Path, tmp_path: Path
+) -> None:
+    exact = _in_float64(trainer, folder, tmp_path)
+    scored = Batch([_datum(1, weights=True)], "cross_entropy", forward_only=True)
+    (found,) = trainer.forward_backward({"run": scored})["run"].logprobs
+    tokens = torch.from_numpy(scored.data[0].tokens)
+    targets = torch.from_numpy(scored.data[0].loss_inputs["target_tokens"])
     with torch.no_grad():
-        expected = trainer._peft(input_ids=tokens).logits
-        torch.testing.assert_close(loaded(input_ids=tokens).logits, expected)
+        logits = exact(input_ids=tokens[None]).logits[0]
+    expected = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    assert found == pytest.approx(expected.numpy(), abs=2e-5)

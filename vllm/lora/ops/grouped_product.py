@@ -35,8 +35,11 @@ def lora_grouped_product(
 
     Args:
         x: `[tokens, width]` to shrink, `[tokens, most ranks]` to expand.
-        rows: `[tokens]`, the slot of each row's adapter; -1 is a row without one.
-        factors: `[ranks of the slot, width]` for each slot.
+        rows: `[tokens]`, the slot of each row's adapter; -1 is a row without one. On a
+            GPU only an engine, whose CUDA graphs are recorded without knowing it, has
+            it there; a trainer has it on the CPU.
+        factors: `[ranks of the slot, width]` for each slot, or one stack of all,
+            `[slots, most ranks, width]`, whose rows beyond an adapter's rank are zero.
         ranks: `[slots]`, how many ranks of each factor its adapter uses.
         shrink: from the width to the ranks, else from the ranks to the width.
 
@@ -46,14 +49,18 @@ def lora_grouped_product(
         whatever they are added to.
 
     """
-    most = max(factor.shape[0] for factor in factors)
-    width = factors[0].shape[1]
+    if rows.is_cuda:
+        [stack] = factors
+        if shrink:
+            return shrink_stack(x, rows, stack)
+        return expand_stack(x, rows, stack, ranks)
+    slots = _as_slots(factors)
+    most = max(factor.shape[0] for factor in slots)
+    width = slots[0].shape[1]
     out = x.new_full((x.shape[0], most if shrink else width), 0.0 if shrink else -0.0)
-    if x.is_cuda:
-        return _by_masks(x, rows, factors, out, shrink)
     sizes = ranks.tolist()
     for slot, where in _rows_by_slot(rows):
-        factor = factors[slot][: sizes[slot]].to(x.dtype)
+        factor = slots[slot][: sizes[slot]].to(x.dtype)
         if shrink:
             out[where, : sizes[slot]] = x[where] @ factor.t()
         elif sizes[slot]:
@@ -61,25 +68,75 @@ def lora_grouped_product(
     return out
 
 
-def _by_masks(
+def _as_slots(factors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return factors[0].unbind() if factors[0].dim() == 3 else factors
+
+
+def shrink_stack(
+    x: torch.Tensor, rows: torch.Tensor, stack: torch.Tensor
+) -> torch.Tensor:
+    """One product with all adapters, of which each row keeps its own."""
+    tokens, most = x.shape[0], stack.shape[1]
+    every = x @ stack.to(x.dtype).flatten(0, 1).t()  # [tokens, slots * most]
+    own = rows.clamp(min=0).to(torch.int64).view(-1, 1, 1).expand(-1, 1, most)
+    narrow = every.view(tokens, -1, most).gather(1, own).squeeze(1)
+    return torch.where((rows >= 0).unsqueeze(1), narrow, 0.0)
+
+
+def expand_stack(
+    x: torch.Tensor, rows: torch.Tensor, stack: torch.Tensor, ranks: torch.Tensor
+) -> torch.Tensor:
+    """Each row in its adapter's place among zeros, times all adapters.
+
+    The zeros leave the bits of a row's own sum, as long as all factors are finite.
+    """
+    slots = torch.arange(stack.shape[0], device=rows.device)
+    mine = rows.unsqueeze(1) == slots  # [tokens, slots]
+    spread = torch.where(mine.unsqueeze(2), x[:, None, : stack.shape[1]], 0.0)
+    wide = spread.flatten(1) @ stack.to(x.dtype).flatten(0, 1)
+    changes = (rows >= 0) & (ranks[rows.clamp(min=0)] > 0)
+    return torch.where(changes.unsqueeze(1), wide, -0.0)
+
+
+def lora_add(
+    output: torch.Tensor,
     x: torch.Tensor,
     rows: torch.Tensor,
-    factors: Sequence[torch.Tensor],
-    out: torch.Tensor,
-    shrink: bool,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    any_adapter: torch.Tensor,
+) -> None:
+    """Add the adapters' part to a layer's output, in place: in an engine.
+
+    It is one operator, so that a CUDA graph that is recorded for batches without an
+    adapter has nothing of it.
+
+    Args:
+        output: `[tokens, outputs]`.
+        x: `[tokens, inputs]`.
+        rows: as of `lora_grouped_product`.
+        a: `[slots, most ranks, inputs]`.
+        b: `[slots, most ranks, outputs]`.
+        ranks: as of `lora_grouped_product`.
+        scales: float32 `[slots]`.
+        any_adapter: bool `[]` on the CPU, whether some row has an adapter.
+
+    """
+    if not any_adapter:
+        return
+    narrow = lora_grouped_product(x, rows, [a], ranks, True)
+    narrow = scaled(narrow, rows, scales, output.dtype)
+    output += lora_grouped_product(narrow, rows, [b], ranks, False)
+
+
+def scaled(
+    narrow: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same without a look at `rows`, which a CUDA graph has no values of."""
-    for slot, padded in enumerate(factors):
-        factor = padded.to(x.dtype)
-        size = factor.shape[0]
-        if size == 0:
-            continue
-        mine = (rows == slot).unsqueeze(1)
-        if shrink:
-            out[:, :size] = torch.where(mine, x @ factor.t(), out[:, :size])
-        else:
-            out = torch.where(mine, x[:, :size] @ factor, out)
-    return out
+    """What shrinking gave, times the scale of each row's adapter, in `dtype`."""
+    factors = scales[rows.clamp(min=0)].to(dtype)
+    return narrow.to(dtype) * factors.unsqueeze(1)
 
 
 def lora_factor_gradients(
@@ -94,18 +151,12 @@ def lora_factor_gradients(
     Args:
         narrow: `[tokens, most ranks]`, what shrinking gave or its gradient.
         wide: `[tokens, width]`, what expanding gave or its gradient.
-        rows: as of `lora_grouped_product`.
-        factors: as of `lora_grouped_product`.
+        rows: as of `lora_grouped_product`, on the CPU.
+        factors: as of `lora_grouped_product`, one for each slot.
         ranks: as of `lora_grouped_product`.
 
     """
     gradients = [torch.zeros_like(factor) for factor in factors]
-    if wide.is_cuda:
-        for slot, factor in enumerate(factors):
-            mine = (rows == slot).unsqueeze(1)
-            part = torch.where(mine, narrow[:, : factor.shape[0]], 0)
-            gradients[slot].copy_(part.t() @ torch.where(mine, wide, 0))
-        return gradients
     sizes = ranks.tolist()
     for slot, where in _rows_by_slot(rows):
         size = sizes[slot]
@@ -135,8 +186,9 @@ def _product_fake(
     ranks: torch.Tensor,
     shrink: bool,
 ) -> torch.Tensor:
-    most = max(factor.shape[0] for factor in factors)
-    return x.new_empty((x.shape[0], most if shrink else factors[0].shape[1]))
+    slots = _as_slots(factors)
+    most = max(factor.shape[0] for factor in slots)
+    return x.new_empty((x.shape[0], most if shrink else slots[0].shape[1]))
 
 
 def _gradients_fake(
@@ -147,6 +199,19 @@ def _gradients_fake(
     ranks: torch.Tensor,
 ) -> list[torch.Tensor]:
     return [torch.empty_like(factor) for factor in factors]
+
+
+def _add_fake(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    any_adapter: torch.Tensor,
+) -> None:
+    pass
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -182,6 +247,13 @@ for _function, _fake in (
         fake_impl=_fake,
         dispatch_key="CompositeExplicitAutograd",
     )
+direct_register_custom_op(
+    lora_add.__name__,
+    lora_add,
+    mutates_args=["output"],
+    fake_impl=_add_fake,
+    dispatch_key="CompositeExplicitAutograd",
+)
 torch.library.register_autograd(
     "vllm::lora_grouped_product", _backward, setup_context=_keep_inputs, lib=vllm_lib
 )

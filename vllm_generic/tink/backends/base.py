@@ -6,12 +6,17 @@ A trainer is called from one thread, never the event loop's. A sampler is called
 the event loop. Arrays are numpy's, so that a backend may use any framework.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from vllm.lora.adapter import Adapter
+from vllm.lora.adapter_trainer import AdamWParams
+from vllm_generic.tink.errors import UserError
 
 NO_LOGPROB = -99999.0  # the client's mark of a position that was not scored
 
@@ -26,16 +31,6 @@ class LoraSpec:
     train_mlp: bool = True
     train_unembed: bool = True
     alpha: int = 32
-
-
-@dataclass(frozen=True)
-class AdamParams:
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    grad_clip_norm: float = 0.0  # 0 does not clip
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,20 @@ class Trainer(Protocol):
     def forward_backward(self, jobs: Mapping[str, Batch]) -> dict[str, BatchOutput]:
         """Add the gradient of each run's batch to the run's gradients."""
 
-    def optim_step(self, run: str, params: AdamParams) -> dict[str, float]:
+    def optim_step(self, run: str, params: AdamWParams) -> dict[str, float]:
         """Update the adapter and clear its gradients. The answer is metrics."""
 
-    def save(self, run: str, folder: Path, optimizer: bool) -> None:
-        """Write a PEFT adapter into ``folder``, and the optimizer's state if asked."""
+    def export(self, run: str) -> Adapter:
+        """A copy of the adapter as it is now."""
+
+    def save_optimizer(self, run: str, folder: Path) -> None:
+        """Write the optimizer's state into ``folder``."""
 
     def load(self, run: str, folder: Path, optimizer: bool) -> None:
-        """Read what ``save`` wrote; gradients are cleared."""
+        """Take the adapter in ``folder``, and the optimizer's state if asked.
+
+        Gradients are cleared, and the optimizer starts anew if it is not loaded.
+        """
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,26 @@ class SampleOutput:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A PEFT adapter in ``folder``. Its files never change under one key."""
+class Version:
+    """Values of an adapter that never change under one key.
+
+    They are a PEFT adapter in ``folder``, and in memory too if they were saved lately.
+    """
 
     key: str
     folder: Path
+    in_memory: Adapter | None = field(default=None, compare=False)
+
+    def read(self) -> Adapter:
+        """Raises UserError if it has something that is not taken."""
+        if self.in_memory is not None:
+            return self.in_memory
+        try:
+            return Adapter.load(self.folder)
+        except json.JSONDecodeError:
+            raise  # a broken file, not one that is refused
+        except ValueError as error:
+            raise UserError(f"the adapter in {self.folder.name}: {error}") from error
 
 
 class Sampler(Protocol):
@@ -170,8 +186,8 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Free processes, threads and memory."""
 
-    async def sample(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
-        """Sample from an adapter, or from the base model if it is None.
+    async def sample(self, version: Version | None, job: SampleJob) -> SampleOutput:
+        """Sample from a version of an adapter, or from the base model if it is None.
 
         Log-probabilities are those of the model's own distribution: temperature, top-k
         and top-p decide which token is drawn, not what is reported.

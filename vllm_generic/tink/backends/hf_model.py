@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A frozen Hugging Face model, and PEFT adapters in it."""
+"""A frozen Hugging Face model, and which of its layers an adapter changes."""
 
-import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vllm.lora.sites import Site
 from vllm_generic.tink.backends.base import LoraSpec
+from vllm_generic.tink.errors import UserError
 
 ATTENTION_NAMES = ("attn", "attention")
 
@@ -26,50 +28,42 @@ def load_base(folder: Path, device: str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def copy_sharing_parameters(model: nn.Module) -> Any:
-    """Another module of the same parameters, which can hold other adapters."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def max_length(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2048)
 
 
-def linear_layers(model: Any) -> dict[str, str]:
-    """Name -> "attn", "mlp" or "unembed", of each linear layer of a plain model.
+def kinds_of_layers(sites: Mapping[str, Site], head: nn.Module) -> dict[str, str]:
+    """Name -> "attn", "mlp" or "unembed", of each linear layer.
 
-    The head is the model's output embedding. Layers of attention are those with
-    "attn" or "attention" in their name; every other layer counts as MLP.
+    Layers of attention are those with "attn" or "attention" in their name; every other
+    layer but the head counts as MLP.
     """
-    head = model.get_output_embeddings()
     kinds = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if module is head:
+    for name, site in sites.items():
+        if site.module is head:
             kinds[name] = "unembed"
-        elif any(part in name for part in ATTENTION_NAMES):
-            kinds[name] = "attn"
-        else:
-            kinds[name] = "mlp"
+        elif not site.is_embedding:
+            attention = any(part in name for part in ATTENTION_NAMES)
+            kinds[name] = "attn" if attention else "mlp"
     return kinds
 
 
-def target_modules(layers: dict[str, str], spec: LoraSpec) -> list[str]:
-    """The layers that the spec's train_attn, train_mlp and train_unembed mean."""
+def target_modules(kinds: Mapping[str, str], spec: LoraSpec) -> list[str]:
+    """The layers that the spec's train_attn, train_mlp and train_unembed mean.
+
+    Raises:
+        UserError: there are none.
+
+    """
     wanted = {
         "attn": spec.train_attn,
         "mlp": spec.train_mlp,
         "unembed": spec.train_unembed,
     }
-    return [name for name, kind in layers.items() if wanted[kind]]
-
-
-def forward_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [N, vocabulary] of one sequence [N].
-
-    Trainer and sampler both score one whole sequence at a time. So a sequence has the
-    same bits in both, and whatever else is in a batch.
-    """
-    return model(input_ids=tokens[None], use_cache=False).logits[0]
+    names = [name for name, kind in kinds.items() if wanted[kind]]
+    if not names:
+        raise UserError(
+            "the adapter has no layer: train_attn, train_mlp and train_unembed are "
+            "all false, or the model has no such linear layer"
+        )
+    return names

@@ -10,36 +10,50 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 
+from vllm.lora.adapted_module import AdaptedModule
+from vllm.lora.adapter import Adapter
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import (
     NO_LOGPROB,
-    Adapter,
     SampledSequence,
     SampleJob,
     SampleOutput,
     SamplingParams,
     TopK,
+    Version,
 )
+from vllm_generic.tink.backends.packed_model import PackedModel
+from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.losses import target_logprobs
 
 STOP_STRING_WINDOW = 32  # tokens that are decoded to look for a stop string
 
 
 class HFSampler:
-    """Draws tokens with a cache, then scores the whole sequence as the trainer does."""
+    """Draws tokens with a cache, then scores the whole sequence as the trainer does.
 
-    def __init__(self, model: Any, tokenizer: Any, max_adapters: int = 8) -> None:
+    Args:
+        model: the Hugging Face model, which draws.
+        scorer: the module that is trained, or one that shares its weights. It scores
+            one sequence at a time.
+        tokenizer: for stop strings.
+        max_adapters: that are kept in memory.
+
+    """
+
+    def __init__(
+        self, model: Any, scorer: PackedModel, tokenizer: Any, max_adapters: int = 8
+    ) -> None:
         self.base = model
         self.tokenizer = tokenizer
         self.max_length = hf_model.max_length(model)
         self.vocab_size = int(model.config.vocab_size)
         self.max_adapters = max_adapters
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
-        self._peft: Any = None
-        self._loaded: OrderedDict[str, str] = OrderedDict()  # key -> PEFT's name
-        self._count = 0
+        self._drawer = AdaptedModule(model)
+        self._scorer = AdaptedModule(scorer, vocab_size=self.vocab_size)
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # by version's key
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -47,52 +61,38 @@ class HFSampler:
     def failure(self) -> str | None:
         return None
 
-    async def sample(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
+    async def sample(self, version: Version | None, job: SampleJob) -> SampleOutput:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._thread, self._sample_adapter, adapter, job
+            self._thread, self._sample_version, version, job
         )
 
-    def _sample_adapter(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
-        with torch.no_grad():
-            if adapter is None:
-                if self._peft is None:
-                    return self._sample(self.base, job)
-                with self._peft.disable_adapter():
-                    return self._sample(self._peft, job)
-            self._activate(adapter)
-            return self._sample(self._peft, job)
-
-    def _activate(self, adapter: Adapter) -> None:
-        if adapter.key not in self._loaded:
-            self._load(adapter)
-        self._loaded.move_to_end(adapter.key)
-        self._peft.set_adapter(self._loaded[adapter.key])
-
-    def _load(self, adapter: Adapter) -> None:
-        while len(self._loaded) >= self.max_adapters:
-            self._peft.delete_adapter(self._loaded.popitem(last=False)[1])
-        self._count += 1
-        name = f"adapter{self._count}"
-        # low_cpu_mem_usage draws no initial values from the process's random numbers,
-        # which a trainer may be drawing at the same time.
-        if self._peft is None:
-            self._peft = PeftModel.from_pretrained(
-                self.base, adapter.folder, adapter_name=name, low_cpu_mem_usage=True
-            ).eval()
-        else:
-            self._peft.load_adapter(
-                adapter.folder, adapter_name=name, low_cpu_mem_usage=True
-            )
-        self._loaded[adapter.key] = name
-
-    def _sample(self, model: Any, job: SampleJob) -> SampleOutput:
+    @torch.no_grad()
+    def _sample_version(self, version: Version | None, job: SampleJob) -> SampleOutput:
+        adapter = None if version is None else self._adapter(version)
         # A request for log-probabilities alone comes as one for a single token.
+        adapters = [] if adapter is None else [adapter]
+        rows = torch.zeros(max(len(job.prompt), job.num_samples), dtype=torch.int64)
+        with self._drawer.active(adapters, rows, tokens=1):
+            drawn = self._draw(self.base, job)
         sequences = [
-            self._scored(model, job, tokens, stopped)
-            for tokens, stopped in self._draw(model, job)
+            self._scored(adapter, job, tokens, stopped) for tokens, stopped in drawn
         ]
-        return SampleOutput(sequences, **self._score_prompt(model, job))
+        return SampleOutput(sequences, **self._score_prompt(adapter, job))
+
+    def _adapter(self, version: Version) -> Adapter:
+        adapter = self._adapters.get(version.key)
+        if adapter is None:
+            adapter = version.read()
+            try:
+                adapter.check_fits(self._scorer.sites)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            self._adapters[version.key] = adapter
+        self._adapters.move_to_end(version.key)
+        while len(self._adapters) > self.max_adapters:
+            self._adapters.popitem(last=False)
+        return adapter
 
     def _draw(self, model: Any, job: SampleJob) -> list[tuple[list[int], bool]]:
         params, count = job.params, job.num_samples
@@ -134,17 +134,17 @@ class HFSampler:
         text = self.tokenizer.decode(tokens[-STOP_STRING_WINDOW:])
         return any(stop in text for stop in params.stop_strings)
 
-    def _logits(self, model: Any, tokens: list[int]) -> torch.Tensor:
+    def _logits(self, adapter: Adapter | None, tokens: list[int]) -> torch.Tensor:
         """Logits [N - 1, vocabulary]: row i predicts token i + 1."""
-        inputs = torch.tensor(tokens[:-1], device=self.base.device)
-        return hf_model.forward_logits(model, inputs).cpu()
+        (logits,) = self._scorer.logits([(adapter, torch.tensor(tokens[:-1]))])
+        return logits.cpu()
 
     def _scored(
-        self, model: Any, job: SampleJob, tokens: list[int], stopped: bool
+        self, adapter: Adapter | None, job: SampleJob, tokens: list[int], stopped: bool
     ) -> SampledSequence:
         if not tokens:
             return SampledSequence([], [], False)
-        logits = self._logits(model, job.prompt + tokens)
+        logits = self._logits(adapter, job.prompt + tokens)
         targets = np.asarray((job.prompt + tokens)[1:])
         logprobs = target_logprobs(logits, targets)[-len(tokens) :]
         topk = None
@@ -152,14 +152,14 @@ class HFSampler:
             topk = _topk(logits[-len(tokens) :], job.topk_sample)
         return SampledSequence(tokens, logprobs.tolist(), stopped, topk)
 
-    def _score_prompt(self, model: Any, job: SampleJob) -> dict[str, Any]:
+    def _score_prompt(self, adapter: Adapter | None, job: SampleJob) -> dict[str, Any]:
         """What is asked for about the prompt; position 0 has no log-probability."""
         if not job.scores_prompt:
             return {}
         out: dict[str, Any] = {}
         length = len(job.prompt)
         if length > 1:
-            logits = self._logits(model, job.prompt)
+            logits = self._logits(adapter, job.prompt)
         else:
             logits = torch.empty(0, self.base.config.vocab_size)
         first = (

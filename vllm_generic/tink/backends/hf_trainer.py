@@ -13,11 +13,14 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from vllm.lora.adapter import WEIGHTS, Adapter
+from vllm.lora.adapter_trainer import AdamWParams
+from vllm.lora.sites import find_sites
+from vllm.model_executor.parallel_context import ParallelContext
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import (
-    AdamParams,
     Batch,
     BatchOutput,
     Datum,
@@ -26,7 +29,6 @@ from vllm_generic.tink.backends.base import (
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.losses import find_loss, loss_inputs, target_logprobs
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 
 
@@ -40,7 +42,9 @@ class HFTrainer:
         self.max_length = hf_model.max_length(model)
         self.vocab_size = int(model.config.vocab_size)
         self.architecture = type(model).__name__
-        self._layers = hf_model.linear_layers(model)
+        self._layers = hf_model.kinds_of_layers(
+            find_sites(model, ParallelContext()), model.get_output_embeddings()
+        )
         self._peft: Any = None
         self._names: dict[str, str] = {}
         self._count = 0
@@ -48,11 +52,6 @@ class HFTrainer:
 
     def create(self, run: str, spec: LoraSpec) -> None:
         targets = hf_model.target_modules(self._layers, spec)
-        if not targets:
-            raise UserError(
-                "the adapter has no layer: train_attn, train_mlp and train_unembed are "
-                "all false, or the model has no such linear layer"
-            )
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,
@@ -95,7 +94,7 @@ class HFTrainer:
 
     def _score(self, datum: Datum, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.tensor(datum.tokens, device=self.base.device)
-        logits = hf_model.forward_logits(self._peft, tokens).cpu()
+        logits = self._peft(input_ids=tokens[None], use_cache=False).logits[0].cpu()
         picked = target_logprobs(logits, datum.loss_inputs["target_tokens"])
         loss = find_loss(batch.loss_fn)(picked, loss_inputs(datum), batch.loss_config)
         return picked, loss
@@ -111,7 +110,7 @@ class HFTrainer:
     def _parameters(self, run: str) -> list[torch.nn.Parameter]:
         return list(self._named_parameters(run).values())
 
-    def optim_step(self, run: str, params: AdamParams) -> dict[str, float]:
+    def optim_step(self, run: str, params: AdamWParams) -> dict[str, float]:
         parameters = self._parameters(run)
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, foreach=False)
@@ -129,29 +128,22 @@ class HFTrainer:
         optimizer.zero_grad(set_to_none=True)
         return {"grad_norm:mean": float(norm)}
 
-    def save(self, run: str, folder: Path, optimizer: bool) -> None:
+    def export(self, run: str) -> Adapter:
         name = self._names[run]
         weights = get_peft_model_state_dict(
             self._peft, adapter_name=name, save_embedding_layers=False
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: value.contiguous().cpu() for key, value in weights.items()},
-            folder / WEIGHTS_FILE,
-            metadata={"format": "pt"},
-        )
-        config = self._peft.peft_config[name]
-        inference, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(folder)
-        config.inference_mode = inference
-        if optimizer:
-            torch.save(self._optimizers[run].state_dict(), folder / OPTIMIZER_FILE)
+        config = self._peft.peft_config[name].to_dict()
+        return Adapter.from_peft(config, weights).copy()
+
+    def save_optimizer(self, run: str, folder: Path) -> None:
+        torch.save(self._optimizers[run].state_dict(), folder / OPTIMIZER_FILE)
 
     def load(self, run: str, folder: Path, optimizer: bool) -> None:
         path = folder / OPTIMIZER_FILE
         if optimizer and not path.exists():
             raise UserError("the checkpoint has no optimizer state; load without it")
-        weights = load_file(folder / WEIGHTS_FILE)
+        weights = load_file(folder / WEIGHTS)
         result: Any = set_peft_model_state_dict(
             self._peft, weights, adapter_name=self._names[run]
         )

@@ -12,7 +12,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 1024
 
 
-def _make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path) -> None:
     """A byte-level BPE of the English in Python's own documentation."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
 
     scratch = folder.with_name(folder.name + f".{os.getpid()}.new")
     scratch.mkdir(parents=True)
-    _make_tokenizer(scratch)
+    make_tokenizer(scratch)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,

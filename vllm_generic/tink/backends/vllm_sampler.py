@@ -2,24 +2,26 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Sampling by vLLM in this process: many requests, of many adapters, at once."""
 
-import itertools
-import json
 import math
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm.lora.adapter import Adapter
+from vllm_generic.tink.backends import packed_model
 from vllm_generic.tink.backends.base import (
     NO_LOGPROB,
-    Adapter,
     SampledSequence,
     SampleJob,
     SampleOutput,
-    Sampler,
     TopK,
+    Version,
 )
+from vllm_generic.tink.backends.shared_versions import SharedVersions
 from vllm_generic.tink.errors import UserError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
@@ -28,20 +30,13 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_r
 class VLLMSampler:
     """vLLM's engine with LoRA. The adapters of one batch may all differ.
 
-    vLLM leaves an adapter of the head out of a prompt's log-probabilities
-    (https://github.com/vllm-project/vllm/issues/51594). Requests for these go to
-    ``scorer``.
+    The engine serves the module that is trained, registered by `packed_model`. Adapters
+    come to it through shared memory.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        device: str,
-        max_adapters: int,
-        max_rank: int,
-        scorer: Sampler,
+        self, folder: Path, device: str, max_adapters: int, max_rank: int
     ) -> None:
-        self._scorer = scorer
         try:
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -50,6 +45,7 @@ class VLLMSampler:
                 f"vLLM is not available ({error}); install it, or sample with hf"
             ) from error
 
+        packed_model.register(folder)
         rank: Any = min(known for known in RANKS if known >= max_rank)
         self._max_rank = rank
         arguments = AsyncEngineArgs(
@@ -62,50 +58,47 @@ class VLLMSampler:
             max_logprobs=-1,
             logprobs_mode="raw_logprobs",
         )
-        self._engine = AsyncLLM.from_engine_args(arguments)
-        self.tokenizer = self._engine.get_tokenizer()
-        self.max_length = self._engine.model_config.max_model_len
-        self.vocab_size = self._engine.model_config.get_vocab_size()
-        self._numbers = itertools.count(1)
-        self._requests: dict[str, Any] = {}  # an adapter's key -> its LoRARequest
+        self.engine = AsyncLLM.from_engine_args(arguments)
+        self.tokenizer = self.engine.get_tokenizer()
+        self.max_length = self.engine.model_config.max_model_len
+        self.vocab_size = self.engine.model_config.get_vocab_size()
+        self._adapters = SharedVersions(most=2 * max_adapters)
 
     def close(self) -> None:
-        self._engine.shutdown()
-        self._scorer.close()
+        self.engine.shutdown()
+        self._adapters.close()
 
-    def _lora(self, adapter: Adapter | None) -> Any:
-        from vllm.lora.request import LoRARequest
+    @contextmanager
+    def _lora(self, version: Version | None) -> Iterator[Any]:
+        """The LoRARequest of a version, whose memory is kept until the end."""
+        if version is None:
+            yield None
+            return
+        with self._adapters.request(version, self._check) as request:
+            yield request
 
-        if adapter is None:
-            return None
-        if adapter.key not in self._requests:
-            rank = _config(adapter)["r"]
-            if rank > self._max_rank:
-                raise UserError(
-                    f"the adapter has rank {rank}, and this service samples from ranks "
-                    f"up to {self._max_rank}; start it with --max-lora-rank {rank}"
-                )
-            number = next(self._numbers)
-            self._requests[adapter.key] = LoRARequest(
-                adapter.key, number, str(adapter.folder)
+    def _check(self, adapter: Adapter) -> None:
+        rank = max(adapter.config.rank_of(name) for name in adapter.factors)
+        if rank > self._max_rank:
+            raise UserError(
+                f"the adapter has rank {rank}, and this service samples from ranks "
+                f"up to {self._max_rank}; start it with --max-lora-rank {rank}"
             )
-        return self._requests[adapter.key]
 
     def failure(self) -> str | None:
-        return "vLLM's engine has died" if self._engine.errored else None
+        return "vLLM's engine has died" if self.engine.errored else None
 
-    async def sample(self, adapter: Adapter | None, job: SampleJob) -> SampleOutput:
-        if adapter is not None and job.scores_prompt and _has_head(adapter):
-            return await self._scorer.sample(adapter, job)
+    async def sample(self, version: Version | None, job: SampleJob) -> SampleOutput:
         result = None
-        stream = self._engine.generate(
-            {"prompt_token_ids": job.prompt},
-            self._params(job),
-            uuid.uuid4().hex,
-            lora_request=self._lora(adapter),
-        )
-        async for output in stream:
-            result = output
+        with self._lora(version) as request:
+            stream = self.engine.generate(
+                {"prompt_token_ids": job.prompt},
+                self._params(job),
+                uuid.uuid4().hex,
+                lora_request=request,
+            )
+            async for output in stream:
+                result = output
         if result is None:
             raise RuntimeError("the engine gave no result")
         prompt: Any = result.prompt_logprobs
@@ -140,15 +133,6 @@ class VLLMSampler:
             prompt_logprobs=prompt_logprobs,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-
-
-def _config(adapter: Adapter) -> dict[str, Any]:
-    return json.loads((adapter.folder / "adapter_config.json").read_text())
-
-
-def _has_head(adapter: Adapter) -> bool:
-    targets = _config(adapter)["target_modules"]
-    return any(name.split(".")[-1] == "lm_head" for name in targets)
 
 
 def _top(entries: list[dict[int, Any] | None], k: int) -> TopK:
