@@ -25,7 +25,7 @@ from .forwards import Around, Forwards, Logprobs
 from .limits import small_limits
 from .rounding import relative_error, rounded_otherwise
 from .schedule import OTHER_PROMPT, PROMPT, SHORTEST, Piece, steps_of, token_ids
-from .trace import largest_difference
+from .trace import engine_halves, largest_difference
 
 logger = init_logger(__name__)
 
@@ -103,11 +103,7 @@ def why_not(model: CallableModelWrapper, vllm_config: Any) -> str | None:
         return "ranks divide the context"
     if model.full_forward is not None and parallel.pipeline_parallel_size > 1:
         return "its own code does not run as pipeline stages"
-    ours = {
-        part
-        for layer in trainable_layers(model.module).values()
-        for part in layer.modules()
-    }
+    ours = engine_halves(model.module)
     for name, part in model.module.named_modules():
         if isinstance(part, AttentionLayerBase) and part not in ours:
             return (

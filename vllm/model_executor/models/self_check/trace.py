@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from vllm.model_executor.layers.previous_tokens import PreviousTokens
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 
 # The name of a submodule, and the turn of the call in one forward.
@@ -34,9 +35,10 @@ class Values:
 def traced(root: nn.Module) -> Iterator[dict[Call, Values]]:
     """The calls of the submodules of `root`, in the order in which they return."""
     calls: dict[Call, Values] = {}
+    halves = engine_halves(root)
     with ExitStack() as stack:
         for name, part in root.named_modules():
-            if not _is_inside_attention(root, name):
+            if part not in halves:
                 handle = part.register_forward_hook(
                     lambda part, args, kwargs, output, name=name: _record(
                         calls, name, (args, kwargs), output
@@ -54,11 +56,14 @@ def _record(calls: dict[Call, Values], name: str, received: Any, returned: Any) 
     calls[name, turn] = Values(_first_tensor(received), _first_tensor(returned))
 
 
-def _is_inside_attention(root: nn.Module, name: str) -> bool:
-    """Whether it is the engine's half of a layer, which a trainer does not call."""
-    parts = name.split(".")
-    above = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-    return any(isinstance(root.get_submodule(a), TrainableAttention) for a in above)
+def engine_halves(root: nn.Module) -> set[nn.Module]:
+    """The parts of layers that only the engine calls; a trainer calls the others."""
+    halves: set[nn.Module] = set()
+    for layer in root.modules():
+        if isinstance(layer, TrainableAttention | PreviousTokens):
+            for part in layer.children():
+                halves.update(part.modules())
+    return halves
 
 
 def _first_tensor(value: Any) -> torch.Tensor | None:
