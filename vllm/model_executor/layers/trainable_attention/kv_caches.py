@@ -35,7 +35,7 @@ def a_kv_cache_for_each_call(model: nn.Module, calls: AttentionCalls) -> Iterato
 
     Raises:
         RuntimeError: A layer was built for another engine.
-        ValueError: An attention layer of vLLM's own is called more than once.
+        ValueError: A layer with one cache is called more than once.
     """
     layers = trainable_layers(model)
     engine = get_current_vllm_config().compilation_config.static_forward_context
@@ -48,7 +48,9 @@ def a_kv_cache_for_each_call(model: nn.Module, calls: AttentionCalls) -> Iterato
                 "its KV cache. Build a new module each time the factory is called."
             )
         calls.paths[engine_name] = name
-        layer.steps_are_marked = True
+    for part in model.modules():
+        if hasattr(part, "steps_are_marked"):  # PreviousTokens has it, too
+            part.steps_are_marked = True
     ours = {part for layer in layers.values() for part in layer.modules()}
     others = {
         name: layer
@@ -62,8 +64,8 @@ def a_kv_cache_for_each_call(model: nn.Module, calls: AttentionCalls) -> Iterato
             raise ValueError(
                 f"The layer {name!r} is called {count} times in one forward, but "
                 f"vLLM's {type(others[name]).__name__} has one KV cache, which the "
-                "calls would overwrite. Use TrainableAttention, which has one for each "
-                "call, or build a layer for each call."
+                "calls would overwrite. Build a layer for each call; of attention, "
+                "TrainableAttention has a cache for each call."
             )
     if calls.counts is None:
         calls.counts = {}

@@ -50,26 +50,40 @@ def _paged_attention_cls(causal: bool) -> type["Attention"]:
     return type(f"Paged{base.__name__}", (_PagedAttentionMixin, base), {})
 
 
-def _free_name(vllm_config: VllmConfig) -> str:
-    """A name for the attention layer that this pipeline stage builds next."""
-    # late, as in _paged_attention_cls
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+def free_name(vllm_config: VllmConfig, kind: str, built: int) -> str:
+    """A name for the layer of its `kind` that this pipeline stage builds next.
 
+    Args:
+        kind: The name without an index.
+        built: Layers of the kind that it has built before.
+    """
     layers = vllm_config.compilation_config.static_forward_context
-    built = sum(isinstance(other, AttentionLayerBase) for other in layers.values())
     while True:
-        name = f"trainable_attention.{_layer_index(vllm_config, built)}"
+        name = f"{kind}.{_layer_index(vllm_config, built)}"
         if name not in layers:
             return name
         built += 1  # a plan removed layers of other stages that were built before
 
 
+def _attention_layers(vllm_config: VllmConfig) -> int:
+    """How many attention layers, vLLM's own included, this stage has built."""
+    # late, as in _paged_attention_cls
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return sum(
+        isinstance(layer, AttentionLayerBase) and not isinstance(layer, MambaBase)
+        for layer in layers
+    )
+
+
 def _layer_index(vllm_config: VllmConfig, built: int) -> int:
-    """Index in the whole model of the attention layer after `built` others.
+    """Index in the whole model of the layer after `built` others of its kind.
 
     With one attention for each layer it is the layer's own in every layout. Extra
-    attention layers get indices after `num_layers`, interleaved by stage, so that no
-    two stages use one name.
+    layers get indices after `num_layers`, interleaved by stage, so that no two stages
+    use one name.
     """
     context = ParallelContext.from_config(vllm_config.parallel_config)
     assert vllm_config.model_config is not None
@@ -102,7 +116,8 @@ def build_paged_attention(
         # steps, as in a vision encoder.
         return None
     if not prefix:
-        prefix = _free_name(vllm_config)
+        built = _attention_layers(vllm_config)
+        prefix = free_name(vllm_config, "trainable_attention", built)
     if sum(part.isdecimal() for part in prefix.split(".")) != 1:
         raise ValueError(
             f"prefix {prefix!r} must contain exactly one integer, the layer's index, "

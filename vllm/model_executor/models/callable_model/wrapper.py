@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -86,6 +86,10 @@ class CallableModelWrapper(nn.Module):
     lora_manager: HookedLoRAManager | None = None
     adapter_sites: dict[str, Site] | None = None
 
+    # The module's own code, called as `full_forward(module, ids [tokens])`, which
+    # returns logits [tokens, vocab]; None if vLLM calls the module as a trainer does.
+    full_forward: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
@@ -122,7 +126,8 @@ class CallableModelWrapper(nn.Module):
                 arch, module, self._vocab_size, self._context.tensor_parallel_size
             )
         self._logits_seen = False
-        self._attention_calls = AttentionCalls()
+        self.attention_calls = AttentionCalls()
+        self.was_tried = False
         use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
@@ -181,6 +186,20 @@ class CallableModelWrapper(nn.Module):
         A pipeline stage that is not the last wraps them as `IntermediateTensors`;
         one that is not the first gets those of the stage before.
         """
+        with EngineStep(self.attention_calls):
+            return self.call_module(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
+
+    def call_module(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        """As `forward`, but outside of a step: of whole sequences, as in training."""
         if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
             inputs_embeds = intermediate_tensors[HIDDEN_STATES]
             intermediate_tensors = None
@@ -202,8 +221,7 @@ class CallableModelWrapper(nn.Module):
                     f"{type(self.module).__name__}.forward takes no such argument. "
                     f"Add {name}=None to it."
                 )
-        with EngineStep(self._attention_calls):
-            hidden_states = self.module(input_ids, positions, **passed)
+        hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
             return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
@@ -308,6 +326,7 @@ class CallableModelWrapper(nn.Module):
         pooling = self._registration.is_pooling_model
         if trainable_layers(self.module) or not (compiled or pooling):
             self._warm_up()
+            self.was_tried = True
 
     @torch.no_grad()
     def _warm_up(self) -> None:
@@ -339,7 +358,7 @@ class CallableModelWrapper(nn.Module):
             set_forward_context(
                 None, self._vllm_config, num_tokens=tokens, skip_compiled=True
             ),
-            a_kv_cache_for_each_call(self.module, self._attention_calls),
+            a_kv_cache_for_each_call(self.module, self.attention_calls),
         ):
             try:
                 run()

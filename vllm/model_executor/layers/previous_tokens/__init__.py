@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The values of earlier tokens, for layers beside attention that read them."""
+
+from .layer import PreviousTokens
+
+__all__ = ["PreviousTokens"]
