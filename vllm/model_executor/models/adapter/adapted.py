@@ -16,6 +16,7 @@ from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .adapter import Adapter
+from .full_forward import full_forward
 from .layers import SiteAttention
 from .seen import Seen, run_routed, see
 from .sites import PathHooks
@@ -52,9 +53,7 @@ class AdaptedModel:
         self.layers = nn.ModuleList(layers.values())
         PathHooks(module, seen.owners)
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states `[tokens, width]` of `input_ids` and `positions`, `[tokens]`.
 
         Where the head is not known they are logits.
@@ -85,6 +84,11 @@ class AdaptedModel:
         if self.seen.head is not None:
             return self.seen.head.logits(hidden_states[None]).flatten(0, -2)
         return hidden_states
+
+    def full_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[tokens, vocab]` of one sequence `[tokens]`, by the module alone."""
+        head = None if self.seen.gives_logits else self.logits_function
+        return full_forward(self.module, input_ids.long(), self.seen.form, head)
 
 
 def adapt(

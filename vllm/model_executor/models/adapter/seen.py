@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from .adapter import Adapter
-from .call_forms import CallForm, call_forms, tensor_of
+from .call_forms import CallForm, tensor_of
 from .calls import AttentionCall
+from .full_forward import cannot_be_called, own_forms
 from .head import Head, find_head
 from .routing import Attend, HiddenStatesReached, Routing
 from .sites import PathHooks, Running, Site, run_as
@@ -84,7 +83,7 @@ def see(
     failures: list[tuple[CallForm, Exception]] = []
     hooks = PathHooks(module)
     try:
-        for form in _forms(module, adapter):
+        for form in own_forms(module, adapter):
             try:
                 runs = [
                     _run(module, form, tokens, vocab_size, tables, device)
@@ -100,7 +99,7 @@ def see(
     for _, error in failures:
         if isinstance(error, UnservableError):
             raise error
-    raise _cannot_be_called(module, failures)
+    raise cannot_be_called(module, failures) from failures[0][1]
 
 
 def token_ids(tokens: int, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -128,22 +127,13 @@ def run_routed(
     The module has `PathHooks` on `seen.owners`, or on all submodules.
     """
     forward = Running(wants_masks=False)
-    routing = Routing(
-        forward, positions, attention, seen.origins, tables, seen.cut
-    )
+    routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
     try:
         with run_as(forward), routing:
             result = tensor_of(seen.form(module, input_ids, positions))
     except HiddenStatesReached as reached:
         result = reached.hidden_states
     return result.flatten(0, -2)
-
-
-def _forms(module: nn.Module, adapter: Adapter) -> Iterator[CallForm]:
-    if adapter.forward is not None:
-        yield CallForm(True, function=adapter.forward)
-    else:
-        yield from call_forms(module, adapter.positions)
 
 
 def _lengths(module: nn.Module, vocab_size: int, max_tokens: int) -> tuple[int, int]:
@@ -291,7 +281,7 @@ def _check_tokens_are_apart(
     alone = alone.flatten(0, -2)  # [tokens, width]
     # Some of the same tokens with their positions, in another order.
     order = torch.arange(fewer, device=device) * 17 % tokens
-    ids = token_ids(tokens, _vocab(run), device)[order]
+    ids = token_ids(tokens, run.trial.vocab_size, device)[order]
     attention = dict.fromkeys(seen.attention, attend_to_self)
     routed = run_routed(module, seen, attention, tables, ids, order)
     expected = alone[order]
@@ -308,27 +298,3 @@ def _check_tokens_are_apart(
             "tokens depend on other tokens outside attention, as by a convolution, a "
             "shift or a recurrent state; vLLM would not know those of earlier steps"
         )
-
-
-def _vocab(run: _Run) -> int:
-    return run.trial.vocab_size
-
-
-def _cannot_be_called(
-    module: nn.Module, failures: list[tuple[CallForm, Exception]]
-) -> TypeError:
-    import inspect
-
-    kind = type(module).__name__
-    tried = "; ".join(
-        f"{form}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        for form, error in failures
-    )
-    error = TypeError(
-        f"{kind}.forward{inspect.signature(module.forward)} could not be called. Tried: "
-        f"{tried}. Say how it is called by register_model(..., "
-        "adapter=Adapter(forward=function)) with function(module, input_ids, "
-        "positions), both [1, tokens]."
-    )
-    error.__cause__ = failures[0][1]
-    return error

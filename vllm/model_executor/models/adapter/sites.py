@@ -38,7 +38,9 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         where = f"in {self.path!r}" if self.path else "in the module's forward"
-        return f"{self.function} {where}" + (f", call {self.turn + 1}" * (self.turn > 0))
+        return f"{self.function} {where}" + (
+            f", call {self.turn + 1}" * (self.turn > 0)
+        )
 
 
 class Running:
