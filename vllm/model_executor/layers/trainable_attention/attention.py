@@ -50,7 +50,8 @@ class TrainableAttention(nn.Module):
         deterministic: The gradient has the same bits on every run, as it also has
             under `torch.use_deterministic_algorithms`.
         sinks: Learn, in the parameter `sinks` `[num_heads]`, a score of each head that
-            takes part in the softmax without a value (gpt-oss).
+            takes part in the softmax without a value (gpt-oss). A parameter of that
+            shape is used as it is.
         prefix: Name of the layer in the engine, with its index as the only integer.
             Default: a unique one.
 
@@ -72,7 +73,7 @@ class TrainableAttention(nn.Module):
         sliding_window: int | None = None,
         logits_soft_cap: float | None = None,
         deterministic: bool = False,
-        sinks: bool = False,
+        sinks: bool | nn.Parameter = False,
         prefix: str = "",
     ) -> None:
         super().__init__()
@@ -105,7 +106,11 @@ class TrainableAttention(nn.Module):
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap
         self.deterministic = deterministic
-        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        self.sinks: nn.Parameter | None = None
+        if isinstance(sinks, nn.Parameter):
+            self.sinks = sinks
+        elif sinks:
+            self.sinks = nn.Parameter(torch.zeros(num_heads))
         # Children, so that vLLM finds them when it processes weights after loading:
         # the paged layer of the first call in a forward, and those of later calls.
         self.paged = build_paged_attention(self, prefix)

@@ -19,6 +19,7 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.adapter.adapter import Adapter
 from vllm.model_executor.models.registry import _ModelInfo
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -90,7 +91,14 @@ def check_signature(architecture: str, factory: Any) -> bool:
     return takes_prefix
 
 
-def check_capabilities(architecture: str, capabilities: Mapping[str, Any]) -> None:
+def check_capabilities(
+    architecture: str, capabilities: Mapping[str, Any], adapter: Any = None
+) -> None:
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"{architecture}: adapter is {describe(adapter)}; expected an Adapter of "
+            "vllm.model_executor.models.adapter."
+        )
     known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
     known |= {"supports_torch_compile"}
     for name in capabilities:

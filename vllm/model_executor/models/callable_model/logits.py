@@ -23,15 +23,27 @@ OUTPUT_HEADS = ("lm_head", "output_layer", "output")
 
 
 def logits_function(
-    architecture: str, module: nn.Module, vocab_size: int, tensor_parallel_size: int
+    architecture: str,
+    module: nn.Module,
+    vocab_size: int,
+    tensor_parallel_size: int,
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[[torch.Tensor], torch.Tensor | None]:
     """How to get full logits from hidden states.
+
+    Args:
+        architecture: The registered name.
+        module: What the factory built.
+        vocab_size: The number of logits of each token.
+        tensor_parallel_size: Ranks that may divide the logits among them.
+        head: The module's head, if it is known.
 
     Raises:
         TypeError: the module has neither `compute_logits` nor a known output head.
 
     """
-    head: Any = getattr(module, "compute_logits", None)
+    if head is None:
+        head = getattr(module, "compute_logits", None)
     if head is None:
         heads = (getattr(module, name, None) for name in OUTPUT_HEADS)
         head = next((head for head in heads if head is not None), None)

@@ -19,6 +19,8 @@ from torch import nn
 
 from vllm.compilation.registered_model import compile_if_possible
 from vllm.config import VllmConfig
+from vllm.model_executor.models.adapter.adapted import AdaptedModel, adapt
+from vllm.model_executor.models.adapter.adapter import Adapter
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.models.registry import (
     _BaseRegisteredModel,
@@ -36,6 +38,16 @@ from .checks import check_capabilities, check_signature
 from .messages import name_of, unpicklable_part
 from .wrapper import CallableModelWrapper, pooler_of
 
+# Capabilities of models whose modules know vLLM, so that they are not tried.
+WITHOUT_ADAPTER = (
+    "is_attention_free",
+    "has_inner_state",
+    "is_hybrid",
+    "is_pooling_model",
+    "supports_multimodal",
+    "supports_transcription",
+)
+
 
 class _CallableRegisteredModel(_BaseRegisteredModel):
     """A callable in the registry.
@@ -45,7 +57,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         factory: called once per worker as `factory(vllm_config, parallel_context)`;
             `"module:name"` is imported there and not before.
         capabilities: answers to vLLM's questions about the model, by the names they
-            have on vLLM's model interfaces (`supports_pp`, `is_pooling_model`, ...).
+            have on vLLM's model interfaces (`supports_pp`, `is_pooling_model`, ...);
+            and `adapter`, an `Adapter` for a module that was not written for vLLM.
 
     """
 
@@ -58,17 +71,28 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         self.architecture = architecture
         self.factory = factory
         self.capabilities = dict(capabilities)
-        check_capabilities(architecture, capabilities)
+        self.adapter: Adapter | None = self.capabilities.pop("adapter", None)
+        check_capabilities(architecture, self.capabilities, self.adapter)
         if not isinstance(factory, str):
             check_signature(architecture, factory)
 
     def __reduce__(self) -> tuple[Any, ...]:
         factory = pickled(self.architecture, self.factory)
-        capabilities = pickled(self.architecture, self.capabilities)
+        declared = {**self.capabilities, "adapter": self.adapter}
+        capabilities = pickled(self.architecture, declared)
         return _unpickle, (self.architecture, factory, capabilities)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallableRegisteredModel:
         return self  # immutable, and possibly not picklable
+
+    def adapted(
+        self, module: nn.Module, vllm_config: VllmConfig
+    ) -> AdaptedModel | None:
+        """A way to serve `module`, if it was not written for vLLM."""
+        model_cls = self.load_model_cls()
+        if any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER):
+            return None
+        return adapt(module, self.adapter, vllm_config)
 
     @property
     def is_pooling_model(self) -> bool:

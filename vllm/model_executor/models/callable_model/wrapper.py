@@ -57,6 +57,9 @@ logger = init_logger(__name__)
 # Where nn.Module keeps what belongs to it.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
+# Where the wrapper keeps those of a module that has none of its own.
+ATTENTION_LAYERS = "vllm_attention_layers"
+
 WARM_UP_TOKENS = 8
 
 
@@ -86,9 +89,9 @@ class CallableModelWrapper(nn.Module):
     lora_manager: HookedLoRAManager | None = None
     adapter_sites: dict[str, Site] | None = None
 
-    # The module's own code, called as `full_forward(module, ids [tokens])`, which
-    # returns logits [tokens, vocab]; None if vLLM calls the module as a trainer does.
-    full_forward: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    # Logits `[tokens, vocab]` of one sequence `[tokens]` by the module's own code, where
+    # that is not what an engine runs.
+    full_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -100,6 +103,12 @@ class CallableModelWrapper(nn.Module):
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
+        self.adapted = self._registration.adapted(module, vllm_config)
+        if self.adapted is not None:
+            self.full_forward = self.adapted.full_forward
+            # Beside the module's own, which it does not get to see.
+            layers = {ATTENTION_LAYERS: self.adapted.layers}
+            self.__dict__["_modules"] = {**module._modules, **layers}
 
         add_to_compile_hash(module, vllm_config)
 
@@ -115,15 +124,22 @@ class CallableModelWrapper(nn.Module):
 
             self.adapter_sites = find_sites(module, self._context)
         self._problem: str | None = None
-        self._forward_keywords = forward_keywords(arch, module)
+        self._forward_keywords: frozenset[str] | None = frozenset()
+        if self.adapted is None:
+            self._forward_keywords = forward_keywords(arch, module)
         self._stage_input = None
         if not self._context.is_first_stage:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
         if self._context.is_last_stage and not self._registration.is_pooling_model:
             if self._vocab_size < 1:  # of a "module:callable", known only now
                 check_config(vllm_config.model_config, generates=True)
+            of_module = None if self.adapted is None else self.adapted.logits_function
             self._logits = logits_function(
-                arch, module, self._vocab_size, self._context.tensor_parallel_size
+                arch,
+                module,
+                self._vocab_size,
+                self._context.tensor_parallel_size,
+                of_module,
             )
         self._logits_seen = False
         self.attention_calls = AttentionCalls()
@@ -132,7 +148,7 @@ class CallableModelWrapper(nn.Module):
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
             check_takes_embeddings(arch, module, self._forward_keywords)
-        elif self._context.is_first_stage:
+        elif self._context.is_first_stage and self.adapted is None:
             warn_without_embeddings(arch, module)
 
     def __getattr__(self, name: str) -> Any:
@@ -221,7 +237,10 @@ class CallableModelWrapper(nn.Module):
                     f"{type(self.module).__name__}.forward takes no such argument. "
                     f"Add {name}=None to it."
                 )
-        hidden_states = self.module(input_ids, positions, **passed)
+        if self.adapted is not None:
+            hidden_states = self.adapted.forward(input_ids, positions)
+        else:
+            hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
             return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
@@ -324,7 +343,7 @@ class CallableModelWrapper(nn.Module):
         parts = self.module.modules()
         compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
         pooling = self._registration.is_pooling_model
-        if trainable_layers(self.module) or not (compiled or pooling):
+        if trainable_layers(self) or not (compiled or pooling):
             self._warm_up()
             self.was_tried = True
 
@@ -358,7 +377,7 @@ class CallableModelWrapper(nn.Module):
             set_forward_context(
                 None, self._vllm_config, num_tokens=tokens, skip_compiled=True
             ),
-            a_kv_cache_for_each_call(self.module, self.attention_calls),
+            a_kv_cache_for_each_call(self, self.attention_calls),
         ):
             try:
                 run()

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A user's module as it stands, with what vLLM asks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.trainable_attention import TrainableAttention
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from .adapter import Adapter
+from .full_forward import full_forward
+from .layers import SiteAttention
+from .seen import Seen, run_routed, see
+from .sites import PathHooks
+from .tables import Tables
+from .transformers_attention import use_seen_attention
+from .trial import UnservableError
+
+
+class AdaptedModel:
+    """Runs a module that was not written for vLLM, in engine steps.
+
+    Args:
+        module: What the factory built, on its device. It stays as it is, but for hooks
+            that do nothing elsewhere.
+        seen: What it does.
+        adapter: What the user has said.
+        vllm_config: The engine's config.
+
+    """
+
+    def __init__(
+        self, module: nn.Module, seen: Seen, adapter: Adapter, vllm_config: VllmConfig
+    ) -> None:
+        self.module = module
+        self.seen = seen
+        self._adapter = adapter
+        self._tables = Tables(module)
+        layers = {
+            site: SiteAttention(site, attention, vllm_config)
+            for site, attention in seen.attention.items()
+        }
+        self._attention = dict(layers)
+        # For vLLM, which looks for attention layers among a model's modules.
+        self.layers = nn.ModuleList(layers.values())
+        PathHooks(module, seen.owners)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[tokens, width]` of `input_ids` and `positions`, `[tokens]`.
+
+        Where the head is not known they are logits.
+        """
+        return run_routed(
+            self.module,
+            self.seen,
+            self._attention,
+            self._tables,
+            input_ids.long(),
+            positions.long(),
+        )
+
+    @property
+    def logits_function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`logits`; None if the head has to be found by its name."""
+        seen, adapter = self.seen, self._adapter
+        known = seen.head is not None or adapter.head is not None or seen.gives_logits
+        return self.logits if known else None
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `[tokens, vocab]` of what `forward` returned for some tokens."""
+        head = self._adapter.head
+        if isinstance(head, str):
+            return self.module.get_submodule(head)(hidden_states)
+        if head is not None:
+            return head(self.module, hidden_states)
+        if self.seen.head is not None:
+            return self.seen.head.logits(hidden_states[None]).flatten(0, -2)
+        return hidden_states
+
+    def full_forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[tokens, vocab]` of one sequence `[tokens]`, by the module alone."""
+        head = None if self.seen.gives_logits else self.logits_function
+        return full_forward(self.module, input_ids.long(), self.seen.form, head)
+
+
+def adapt(
+    module: nn.Module, adapter: Adapter | None, vllm_config: VllmConfig
+) -> AdaptedModel | None:
+    """`module` with a way to serve it; None if it was written for vLLM.
+
+    Raises:
+        UnservableError: It does something that vLLM cannot serve.
+        TypeError: It could not be called.
+
+    """
+    if adapter is None and any(
+        isinstance(part, AttentionLayerBase | TrainableAttention)
+        for part in module.modules()
+    ):
+        return None
+    model_config = vllm_config.model_config
+    use_seen_attention(module)
+    training = module.training
+    module.eval()
+    try:
+        # As in a step: PyTorch's own default, and no gradients.
+        with torch.no_grad(), set_default_torch_dtype(torch.float32):
+            seen = see(
+                module,
+                adapter or Adapter(),
+                model_config.get_vocab_size(),
+                model_config.max_model_len,
+                cast(torch.device, vllm_config.device_config.device),
+            )
+    except (UnservableError, TypeError) as error:
+        raise type(error)(f"{type(module).__name__}: {error}") from error.__cause__
+    finally:
+        module.train(training)
+    if adapter is None and not seen.attention and not seen.form.batched:
+        return None  # vLLM's own form, without attention
+    return AdaptedModel(module, seen, adapter or Adapter(), vllm_config)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How a module is called with tokens and positions, and what it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# What the libraries call the argument that takes each token's place in its sequence.
+POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids")
+# What they call labels: without them some return the logits of the last token only.
+LABELS = ("targets", "labels", "target")
+# Where an output object or a dictionary has its logits, or else its hidden states.
+RESULTS = ("logits", "last_hidden_state", "hidden_states")
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """One way to call a module's forward with the tokens of a step.
+
+    Args:
+        batched: Whether tokens are `[1, tokens]`, and not `[tokens]`.
+        positions: The argument that takes positions; None if it has none.
+        constants: Further arguments, by name.
+        function: Calls the module in its place, as `Adapter.forward`.
+
+    """
+
+    batched: bool
+    positions: str | None = None
+    constants: tuple[tuple[str, Any], ...] = ()
+    function: Callable[..., Any] | None = None
+
+    def __call__(
+        self, module: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> Any:
+        """What the module returns for `input_ids` and `positions`, both `[tokens]`."""
+        if self.batched:
+            input_ids, positions = input_ids[None], positions[None]  # [1, tokens]
+        if self.function is not None:
+            return self.function(module, input_ids, positions)
+        keywords = dict(self.constants)
+        if self.positions is not None:
+            keywords[self.positions] = positions
+        return module(input_ids, **keywords)
+
+    def __str__(self) -> str:
+        shape = "[1, tokens]" if self.batched else "[tokens]"
+        if self.function is not None:
+            return f"Adapter.forward(module, ids {shape}, positions {shape})"
+        arguments = [f"ids {shape}"]
+        if self.positions is not None:
+            arguments.append(f"{self.positions}={shape}")
+        arguments += [f"{name}={value}" for name, value in self.constants]
+        return f"forward({', '.join(arguments)})"
+
+
+def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[CallForm]:
+    """The ways in which `module` may take tokens, the likeliest first.
+
+    Args:
+        module: What the factory built.
+        positions: The argument that takes positions, if that is known.
+
+    """
+    parameters = inspect.signature(module.forward).parameters
+    names = list(parameters)
+    if positions is None:
+        positions = next((name for name in POSITIONS if name in names), None)
+    constants = (("use_cache", False),) if "use_cache" in names else ()
+    batched = CallForm(True, positions, constants)
+    flat = CallForm(False, positions, constants)
+    if positions is None:
+        yield from (batched, flat)
+    elif parameters[positions].default is inspect.Parameter.empty:
+        # As vLLM calls it: the author may have thought of vLLM.
+        yield from (flat, batched)
+    else:
+        # Some take positions only beside a KV cache of their own (litgpt).
+        yield from (batched, CallForm(True, None, constants), flat)
+
+
+def labels_of(module: nn.Module) -> str | None:
+    """The argument of forward that takes labels."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in LABELS if name in names), None)
+
+
+def tensor_of(output: Any) -> torch.Tensor:
+    """The logits, or else the hidden states, in what a forward returned.
+
+    Raises:
+        TypeError: There are none.
+
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    for name in RESULTS:
+        if isinstance(output, Mapping):
+            value = output.get(name)
+        else:
+            value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return value
+    if isinstance(output, tuple | list):  # such as (logits, loss)
+        for value in output:
+            if isinstance(value, torch.Tensor):
+                return value
+    raise TypeError(
+        f"it returned a {type(output).__name__} without a tensor; expected logits or "
+        f"hidden states, alone, first in a tuple, or as {', '.join(RESULTS)}"
+    )

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What an attention call asks for, read from the functions that models call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of an attention function, in one form for all functions.
+
+    Args:
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+        mask: What the call gives as its mask, of a shape that broadcasts to
+            `[batch, heads, tokens, tokens]`; True, or 0, where a key is seen.
+        causal: Whether the call says so, by an argument and not by its mask.
+        scale: Factor of the scores.
+        window: Keys that a token sees, itself included, if the call says so.
+        soft_cap: Scores become `cap * tanh(score / cap)`.
+        sinks: `[heads]`, scores that take part in the softmax without a value.
+        result: The function's result, of `[batch, heads, tokens, value_dim]`.
+
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    causal: bool
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
+    result: Callable[[torch.Tensor], Any] = lambda out: out
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attention with all that Transformers' interface can ask for, by plain operators.
+
+    A model that is served is seen to call it, and never runs it.
+
+    Args: as those of `AttentionCall`. A mask says all about which keys are seen.
+
+    Returns:
+        `[batch, heads, tokens, value_dim]`
+
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            attention,
+            (query, key, value),
+            query,
+            key,
+            value,
+            mask,
+            scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            causal=causal,
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * scale  # [batch, heads, tokens, tokens]
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
+    else:
+        if mask is None and causal:
+            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return weights[..., : key.shape[-2]] @ value
+
+
+def _read_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    **said: Any,
+) -> AttentionCall:
+    return AttentionCall(query, key, value, mask, scale=scale, **said)
+
+
+def _read_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.dim() == 3:  # [heads, tokens, head_dim]
+        q, k, v = (x[None] for x in (query, key, value))
+        return AttentionCall(
+            q, k, v, attn_mask, is_causal, scale, result=lambda out: out[0]
+        )
+    return AttentionCall(query, key, value, attn_mask, is_causal, scale)
+
+
+READERS: dict[Any, Callable[..., AttentionCall]] = {
+    attention: _read_attention,
+    F.scaled_dot_product_attention: _read_sdpa,
+}
+"""How to read a call of each attention function that is known."""
+
+OTHERS: dict[Any, str] = {
+    F.multi_head_attention_forward: "torch.nn.MultiheadAttention",
+    torch._native_multi_head_attention: "torch.nn.MultiheadAttention",
+    torch._transformer_encoder_layer_fwd: "torch.nn.TransformerEncoderLayer",
+}
+"""Functions that attend inside, where their keys and values cannot be taken."""
+
+
+def name_of_function(func: Any) -> str:
+    return str(getattr(func, "__name__", func))

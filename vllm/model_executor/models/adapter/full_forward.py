@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A module's own forward over a whole sequence, called as its own code calls it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .adapter import Adapter
+from .call_forms import CallForm, call_forms, labels_of, tensor_of
+from .transformers_attention import own_attention
+
+
+def full_forward(
+    module: nn.Module,
+    input_ids: torch.Tensor,
+    form: CallForm | None = None,
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Logits of all tokens of one sequence, by the module's own code alone.
+
+    It is run in eval mode, outside of any engine step. Where it returns the logits of
+    the last token only, it is given labels, if it takes some; else it is run on each
+    beginning of the sequence.
+
+    Args:
+        module: Any module; an engine may have built it.
+        input_ids: int64 `[tokens]`.
+        form: How it is called. Default: the first way that does not fail.
+        head: Logits `[tokens, vocab]` of hidden states `[tokens, hidden]`, if that is
+            what the module returns.
+
+    Returns:
+        `[tokens, vocab]`
+
+    Raises:
+        TypeError: It could not be called.
+
+    """
+    training = module.training
+    module.eval()
+    try:
+        with own_attention(module):
+            result = _first_result(module, input_ids, form)
+    finally:
+        module.train(training)
+    return result if head is None else head(result)
+
+
+def own_forms(module: nn.Module, adapter: Adapter | None = None) -> list[CallForm]:
+    """The ways in which a module may be called, the likeliest first."""
+    adapter = adapter or Adapter()
+    if adapter.forward is not None:
+        return [CallForm(True, function=adapter.forward)]
+    return list(call_forms(module, adapter.positions))
+
+
+def _first_result(
+    module: nn.Module, input_ids: torch.Tensor, form: CallForm | None
+) -> torch.Tensor:
+    failures = []
+    for way in own_forms(module) if form is None else [form]:
+        try:
+            return _of_all_tokens(module, input_ids, way)
+        except Exception as error:  # noqa: BLE001 - raised below, with the others
+            failures.append((way, error))
+    raise cannot_be_called(module, failures) from failures[0][1]
+
+
+def _of_all_tokens(
+    module: nn.Module, input_ids: torch.Tensor, form: CallForm
+) -> torch.Tensor:
+    """What the module returns, `[tokens, width]`."""
+    tokens = len(input_ids)
+    result = _call(module, input_ids, form)
+    if len(result) == tokens:
+        return result
+    labels = labels_of(module)
+    if labels is not None and form.function is None:
+        ids = input_ids[None] if form.batched else input_ids
+        form = replace(form, constants=(*form.constants, (labels, ids)))
+        return _call(module, input_ids, form)
+    parts = [_call(module, input_ids[: i + 1], form) for i in range(tokens)]
+    return torch.cat([part[-1:] for part in parts])
+
+
+def _call(module: nn.Module, input_ids: torch.Tensor, form: CallForm) -> torch.Tensor:
+    positions = torch.arange(len(input_ids), device=input_ids.device)
+    return tensor_of(form(module, input_ids, positions)).flatten(0, -2)
+
+
+def cannot_be_called(
+    module: nn.Module, failures: list[tuple[CallForm, Exception]]
+) -> TypeError:
+    """What to raise when every way of calling `module` failed."""
+    tried = "; ".join(
+        f"{form}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        for form, error in failures
+    )
+    return TypeError(
+        f"{type(module).__name__}.forward{inspect.signature(module.forward)} could not "
+        f"be called. Tried: {tried}. Say how it is called by register_model(..., "
+        "adapter=Adapter(forward=function)) with function(module, input_ids, "
+        "positions), both [1, tokens]."
+    )

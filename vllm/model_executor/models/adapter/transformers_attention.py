@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Transformers' models: their attention interface, for the engine's copy alone."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calls import attention
+from .sites import running
+
+NAME = "vllm_adapter"
+
+
+def use_seen_attention(module: nn.Module) -> None:
+    """Have `module`, if Transformers' attention is in it, call our `attention`.
+
+    Its submodules get a copy of their config, because a trainer's may be the same.
+    """
+    if "transformers" not in sys.modules:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_attn_implementation():
+            AttentionInterface.register(NAME, _attend)
+            AttentionMaskInterface.register(NAME, _mask)
+            for inner in part.modules():
+                config = getattr(inner, "config", None)
+                if hasattr(config, "_attn_implementation_internal"):
+                    own = copy.deepcopy(config, memo)
+                    inner.config = own
+                    if own._attn_implementation_internal != NAME:
+                        own._own_attn_implementation = own._attn_implementation_internal
+                        own._attn_implementation_internal = NAME
+
+
+@contextmanager
+def own_attention(module: nn.Module) -> Iterator[None]:
+    """Within, Transformers' models attend as they did before `use_seen_attention`."""
+    changed = []
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "_attn_implementation_internal", None) == NAME:
+            config._attn_implementation_internal = config._own_attn_implementation
+            changed.append(config)
+    try:
+        yield
+    finally:
+        for config in changed:
+            config._attn_implementation_internal = NAME
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`[batch, heads, tokens, head_dim]` -> `[batch, tokens, heads, value_dim]`."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    out = attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        soft_cap=softcap,
+        sinks=s_aux,
+        causal=bool(is_causal),
+    )
+    return out.transpose(1, 2), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask as a tensor; None in an engine step, where vLLM knows what is seen."""
+    from transformers.masking_utils import sdpa_mask
+
+    forward = running()
+    if forward is not None and not forward.wants_masks:
+        return None
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
