@@ -89,8 +89,8 @@ class CallableModelWrapper(nn.Module):
     lora_manager: HookedLoRAManager | None = None
     adapter_sites: dict[str, Site] | None = None
 
-    # Logits `[tokens, vocab]` of one sequence `[tokens]` by the module's own code, where
-    # that is not what an engine runs.
+    # Logits `[tokens, vocab]` of one sequence `[tokens]` by the module's own code,
+    # where that is not what an engine runs.
     full_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
