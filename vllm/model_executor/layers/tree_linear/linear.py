@@ -54,13 +54,17 @@ def divided_linear(
     """
     if group is None or group.world_size == 1:
         return _run(x, weight, bias, leaves, partial=False)
+    x, weight, bias = autocast(x, weight, bias)
     local = _run(x, weight, None, leaves // group.world_size, partial=True)
     local = local.unsqueeze(0)  # [1, ..., outputs] -> [ranks, ..., outputs]
-    if local.requires_grad:
+    needs_gradient = bias is not None and bias.requires_grad
+    if torch.is_grad_enabled() and (local.requires_grad or needs_gradient):
         sums = collectives.all_gather(local, group, dim=0)
-    else:
-        sums = group.all_gather(local, dim=0)
-    return round_sum(tree_sum(sums), bias, x.dtype)
+        return round_sum(tree_sum(sums), bias, x.dtype)
+    sums = group.all_gather(local, dim=0)
+    sums = sums.view(group.world_size, -1, weight.shape[0])
+    out = torch.ops.vllm.tree_total(sums, bias, x.dtype)
+    return out.view(local.shape[1:])
 
 
 def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
