@@ -140,8 +140,8 @@ def cpu_attention(
 ) -> torch.Tensor:
     """An `AttentionKernel`; its gradient has the same bits on every run."""
     if _widens(q.dtype):
-        wide = (x.float() for x in (q, k, v))
-        return cpu_attention(*wide, sequences, params).to(q.dtype)
+        out = cpu_attention(q.float(), k.float(), v.float(), sequences, params)
+        return out.to(q.dtype)
     return torch.ops.vllm.packed_attention_cpu(
         q,
         k,
