@@ -4,6 +4,7 @@
 
 from vllm.validation.compare import Reference as Reference
 from vllm.validation.compare import validate, validate_outputs
+from vllm.validation.first_difference import OutputDifference, first_difference
 from vllm.validation.report import LISTED as LISTED
 from vllm.validation.report import RESOLUTION as RESOLUTION
 from vllm.validation.report import (
@@ -15,9 +16,11 @@ from vllm.validation.report import (
 
 __all__ = [
     "Check",
+    "OutputDifference",
     "Thresholds",
     "TokenComparison",
     "ValidationReport",
+    "first_difference",
     "validate",
     "validate_outputs",
 ]

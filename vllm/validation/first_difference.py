@@ -23,6 +23,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import SamplingParams
+
 if TYPE_CHECKING:
     from vllm.entrypoints.llm import LLM
 
@@ -216,13 +219,12 @@ def first_difference(
         ValueError: Nothing was recorded in the engine, or no output could be compared.
 
     """
-    from vllm.sampling_params import SamplingParams
-
     llm.reset_prefix_cache()
     llm.apply_model(_start)
     try:
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        tokens = TokensPrompt(prompt_token_ids=prompt)
+        llm.generate([tokens], params, use_tqdm=False)
     finally:
         actual = llm.apply_model(_stop)[0]
     device = next(module.parameters()).device

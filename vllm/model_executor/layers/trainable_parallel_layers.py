@@ -40,7 +40,7 @@ def differentiable_linear(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(apply)
     def apply_or_train(
-        self: Any, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad):
             return _linear(layer, x, bias)

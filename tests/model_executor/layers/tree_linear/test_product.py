@@ -17,7 +17,11 @@ import torch.nn.functional as F
 
 import vllm.envs as envs
 from vllm.model_executor.layers.tree_linear.linear import divided_linear, whole_linear
-from vllm.model_executor.layers.tree_linear.product import round_sum, tree_product
+from vllm.model_executor.layers.tree_linear.product import (
+    round_sum,
+    tree_product,
+    tree_total,
+)
 from vllm.model_executor.layers.tree_linear.tree import number_of_leaves, tree_sum
 
 LEAVES = 8
@@ -50,6 +54,7 @@ def check_bits(product, x, weight, bias) -> None:
     for ranks in (2, 4, 8):
         parts = of_parts(product, x, weight, ranks)
         assert torch.equal(tree_sum(parts), total), ranks
+        assert torch.equal(tree_total(parts, bias, x.dtype), whole), ranks
     one_leaf = product(x, weight, bias, 1, False)
     for leaves, expected in ((LEAVES, whole), (1, one_leaf)):
         for n in {1, 2, 3, rows // 2, rows - 1} - {0}:
@@ -112,7 +117,7 @@ def interpreted() -> list[float]:
                 product = triton_product.triton_tree_product
                 bits.append(product(x, weight, bias, LEAVES, False))
                 parts = of_parts(product, x, weight, 2)
-                total = triton_product.triton_tree_sum(parts, bias, dtype)
+                total = triton_product.triton_tree_total(parts, bias, dtype)
                 assert torch.equal(total, bits[0])
                 assert torch.equal(product(x[:3], weight, bias, 8, False), bits[0][:3])
             assert torch.equal(bits[0], bits[1]) and torch.equal(bits[0], bits[2])

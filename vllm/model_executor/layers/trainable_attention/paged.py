@@ -152,12 +152,20 @@ def build_paged_attention(
             f"{layer.head_dim}, only {backend.get_supported_head_sizes()}. Choose one "
             "of these, or another attention backend."
         )
-    if (
-        layer.causal
-        and envs.VLLM_BATCH_INVARIANT
-        and backend.get_name() == "FLASH_ATTN"
-    ):
-        from vllm.v1.attention.backends.flash_attn_invariant import keep_bits_at_decode
-
-        keep_bits_at_decode(paged, vllm_config.model_config.max_model_len)
+    if layer.causal and envs.VLLM_BATCH_INVARIANT:
+        _keep_bits(paged, vllm_config.model_config.max_model_len)
     return paged
+
+
+def _keep_bits(paged: "Attention", max_model_len: int) -> None:
+    """Have a layer round as training does, where the backend can."""
+    # late: the modules of other devices' backends cannot be imported everywhere
+    name = paged.attn_backend.get_name()
+    if name == "FLASH_ATTN":
+        from vllm.v1.attention.backends import flash_attn_invariant
+
+        flash_attn_invariant.keep_bits_at_decode(paged, max_model_len)
+    elif name == "CPU_ATTN":
+        from vllm.v1.attention.backends import cpu_attn_invariant
+
+        cpu_attn_invariant.attend_as_in_training(paged)

@@ -54,25 +54,31 @@ def divided_linear(
     """
     if group is None or group.world_size == 1:
         return _run(x, weight, bias, leaves, partial=False)
+    x, weight, bias = autocast(x, weight, bias)
     local = _run(x, weight, None, leaves // group.world_size, partial=True)
     local = local.unsqueeze(0)  # [1, ..., outputs] -> [ranks, ..., outputs]
-    if local.requires_grad:
+    needs_gradient = bias is not None and bias.requires_grad
+    if torch.is_grad_enabled() and (local.requires_grad or needs_gradient):
         sums = collectives.all_gather(local, group, dim=0)
-    else:
-        sums = group.all_gather(local, dim=0)
-    return round_sum(tree_sum(sums), bias, x.dtype)
+        return round_sum(tree_sum(sums), bias, x.dtype)
+    sums = group.all_gather(local, dim=0)
+    sums = sums.view(group.world_size, -1, weight.shape[0])
+    out = torch.ops.vllm.tree_total(sums, bias, x.dtype)
+    return out.view(local.shape[1:])
 
 
-def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Cast as autocast casts a linear; it cannot see into a Function."""
-    assert tensors[0] is not None
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [
-        x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors
-    ]
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
 def _run(
@@ -82,12 +88,12 @@ def _run(
     leaves: int,
     partial: bool,
 ) -> torch.Tensor:
-    tensors = autocast(x, weight, bias)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    ):
-        return _Product.apply(*tensors, leaves, partial)
-    return _product(*tensors, leaves, partial)  # type: ignore[arg-type]
+    x, weight, bias = autocast(x, weight, bias)
+    needs_gradient = x.requires_grad or weight.requires_grad
+    needs_gradient |= bias is not None and bias.requires_grad
+    if torch.is_grad_enabled() and needs_gradient:
+        return _Product.apply(x, weight, bias, leaves, partial)
+    return _product(x, weight, bias, leaves, partial)
 
 
 def _product(

@@ -31,7 +31,7 @@ def sum_in_tree(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear) and _divides_inputs(part.weight):
             if "forward" not in vars(part):
-                part.forward = _DTensorForward(part)
+                part.forward = _DTensorForward(part)  # type: ignore[method-assign]
             continue
         if megatron is None or not isinstance(part, megatron.RowParallelLinear):
             continue
@@ -69,7 +69,8 @@ class _DTensorForward:
         self.forward = part.forward
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.part.weight, self.part.bias
+        weight: torch.Tensor = self.part.weight
+        bias: torch.Tensor | None = self.part.bias
         assert isinstance(weight, DTensor)
         mesh = weight.device_mesh
         leaves = number_of_leaves(weight.shape[1], mesh.size())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""`torch.ops.vllm.tree_product`: a matrix product, summed in a tree.
+"""Operators: a matrix product that is summed in a tree, and the rest of a tree.
 
 An element of the result depends on nothing but the two rows that are multiplied: not on
 the number of rows on either side, and not on what else is in the batch.
@@ -52,6 +52,31 @@ def tree_product(
     return total if partial else round_sum(total, bias, x.dtype)
 
 
+def tree_total(
+    parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The sum of subtrees with its bias, rounded once.
+
+    Args:
+        parts: Float32 or float64 `[subtrees, rows, outputs]`, as of `tree_product` with
+            `partial`, in the order of the features.
+        bias: `[outputs]`, or None.
+        dtype: Of the result.
+
+    Returns:
+        `[rows, outputs]`.
+
+    """
+    if parts.is_cuda and parts.dtype == torch.float32:
+        # late, as above
+        from vllm.model_executor.layers.tree_linear.triton_product import (
+            triton_tree_total,
+        )
+
+        return triton_tree_total(parts.contiguous(), bias, dtype)
+    return round_sum(tree_sum(parts), bias, dtype)
+
+
 def round_sum(
     total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -97,7 +122,13 @@ def _fake(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
-direct_register_custom_op(
-    "tree_product", tree_product, fake_impl=_fake, dispatch_key="CPU"
-)
-vllm_lib.impl("tree_product", tree_product, dispatch_key="CUDA")
+def _fake_total(
+    parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    return parts.new_empty(parts.shape[1:], dtype=dtype)
+
+
+for operator, fake in ((tree_product, _fake), (tree_total, _fake_total)):
+    name = operator.__name__
+    direct_register_custom_op(name, operator, fake_impl=fake, dispatch_key="CPU")
+    vllm_lib.impl(name, operator, dispatch_key="CUDA")

@@ -186,13 +186,13 @@ def triton_tree_product(
     )
     if whole:
         return out[0]
-    return triton_tree_sum(out, bias, dtype)
+    return triton_tree_total(out, bias, dtype)
 
 
-def triton_tree_sum(
+def triton_tree_total(
     parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`round_sum(tree_sum(parts), bias, dtype)`, in one kernel.
+    """`tree_total` for float32, in one kernel.
 
     Args:
         parts: Float32 `[subtrees, rows, outputs]`, contiguous.

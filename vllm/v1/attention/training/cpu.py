@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import vllm
+import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import vllm_lib
 from vllm.v1.attention.training.kernel import (
@@ -104,11 +105,20 @@ def _load() -> tuple[torch.dtype, ...]:
 _DTYPES = _load()
 
 
+def _widens(dtype: torch.dtype) -> bool:
+    """Whether `dtype` is computed in float32, as batch-invariant mode does.
+
+    Then a row's bits depend on nothing else in the batch, with AMX and without.
+    """
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return narrow and envs.VLLM_BATCH_INVARIANT and torch.float32 in _DTYPES
+
+
 def unsupported(
     q: torch.Tensor, k: torch.Tensor, params: AttentionParams
 ) -> str | None:
     """What `cpu_attention` cannot do of this, by name; None if it can do all."""
-    if q.dtype not in _DTYPES:
+    if q.dtype not in _DTYPES and not _widens(q.dtype):
         return f"dtype {q.dtype}"
     if q.shape[-1] % 32 or q.shape[-1] == 0:
         return f"head_dim {q.shape[-1]}, which is not a multiple of 32"
@@ -129,6 +139,9 @@ def cpu_attention(
     params: AttentionParams,
 ) -> torch.Tensor:
     """An `AttentionKernel`; its gradient has the same bits on every run."""
+    if _widens(q.dtype):
+        out = cpu_attention(q.float(), k.float(), v.float(), sequences, params)
+        return out.to(q.dtype)
     return torch.ops.vllm.packed_attention_cpu(
         q,
         k,
