@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -21,7 +23,9 @@ from tiny_model import TinyModel, greedy, trained_model
 
 from vllm import LLM, AsyncEngineArgs, ModelRegistry, SamplingParams
 from vllm.distributed.weight_sync import WeightSync
+from vllm.model_validation import Thresholds, validate
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.mixed_weights import MixedWeightsError
 
 pytestmark = pytest.mark.engine
 
@@ -35,11 +39,11 @@ OPTIONS = {
 }
 
 
-def change(model: torch.nn.Module, seed: int) -> None:
+def change(model: torch.nn.Module, seed: int, std: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=1.0, generator=generator)
+            parameter.normal_(std=std, generator=generator)
 
 
 def served(llm: LLM, count: int = 8) -> list[int]:
@@ -54,6 +58,14 @@ def llm(model_dir: Path) -> Iterator[LLM]:
     engine = LLM(str(model_dir), **OPTIONS)
     yield engine
     engine.llm_engine.engine_core.shutdown()
+
+
+def assert_equal_logprobs(llm: LLM, model: torch.nn.Module) -> None:
+    """The engine's log-probabilities are those of the module in memory."""
+    llm.reset_prefix_cache()
+    limits = Thresholds(max_logprob_diff=1e-4)
+    report = validate(llm, model, [PROMPT, [7]], max_tokens=8, thresholds=limits)
+    assert report.passed, report.to_json()
 
 
 def test_updates_and_failures(llm: LLM) -> None:
@@ -86,7 +98,7 @@ def test_updates_and_failures(llm: LLM) -> None:
     # And one that does not.
     change(model, 5)
     unstaged = WeightSync(model, llm, staging="none", bucket_bytes=1000, timeout=60)
-    unstaged.update()
+    assert unstaged.update() == 5
     assert served(llm) == greedy(model, PROMPT, 8)
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("inf")
@@ -101,12 +113,73 @@ def test_updates_and_failures(llm: LLM) -> None:
     unstaged.close()
 
 
+def test_many_updates_and_sleep(llm: LLM) -> None:
+    """Log-probabilities after 1, 10 and 100 updates, and after sleeps."""
+    model = trained_model()
+    sync = WeightSync(model, llm, timeout=60)
+    for number in range(1, 101):
+        change(model, number, std=0.2)
+        assert sync.update() == number
+        if number in (1, 10, 100):
+            assert_equal_logprobs(llm, model)
+    sync.close()
+
+    # Versions go on from those of another trainer.
+    sync = WeightSync(model, llm, timeout=60)
+    for number, level in ((101, 1), (102, 2)):
+        llm.sleep(level=level)
+        change(model, number, std=0.2)
+        assert sync.update() == number  # it wakes the engine
+        assert_equal_logprobs(llm, model)
+    for level in (1, 2):
+        llm.sleep(level=level)
+        llm.wake_up()
+        if level == 1:
+            assert_equal_logprobs(llm, model)
+    with pytest.raises(MixedWeightsError, match="sleep of level 2.*Load all weights"):
+        served(llm)
+    sync.update()
+    assert_equal_logprobs(llm, model)
+    sync.close()
+
+
+async def check_modes(engine: AsyncLLM, model: torch.nn.Module) -> None:
+    """A request that runs ends before the update, or is ended by it."""
+    params = SamplingParams(temperature=0, max_tokens=100, detokenize=False)
+    for number, mode in ((2, "wait"), (3, "abort")):
+        sync = WeightSync(model, engine, mode=mode, timeout=60)
+        before = copy.deepcopy(model)
+        change(model, number)
+        update = None
+        async for output in engine.generate(
+            {"prompt_token_ids": PROMPT}, params, request_id=mode
+        ):
+            completion = output.outputs[0]
+            if update is None and len(completion.token_ids) >= 5:
+                update = asyncio.create_task(asyncio.to_thread(sync.update))
+        assert update is not None and await update == number
+        tokens = list(completion.token_ids)
+        # None of them is of the new weights.
+        assert tokens == greedy(before, PROMPT, len(tokens))
+        assert [span.version for span in completion.weight_versions] == [
+            str(number - 1)
+        ]
+        assert completion.finish_reason == {"wait": "length", "abort": "abort"}[mode]
+        assert (len(tokens) == 100) == (mode == "wait")
+        async for output in engine.generate(
+            {"prompt_token_ids": PROMPT}, params, request_id=f"after {mode}"
+        ):
+            completion = output.outputs[0]
+        assert list(completion.token_ids) == greedy(model, PROMPT, 100)
+        sync.close()
+
+
 def test_a_running_request_goes_on_with_the_new_weights(model_dir: Path) -> None:
     """Each token is of one version, and computed from all tokens before it by that."""
     ModelRegistry.register_model("TinyModel", lambda c, p: TinyModel())
     old, model = trained_model(), trained_model()
 
-    async def run() -> tuple[list[int], object]:
+    async def run() -> tuple[list[int], Any]:
         engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(model=str(model_dir), **OPTIONS)
         )
@@ -126,6 +199,7 @@ def test_a_running_request_goes_on_with_the_new_weights(model_dir: Path) -> None
         assert update is not None
         await update
         sync.close()
+        await check_modes(engine, copy.deepcopy(model))
         engine.shutdown()
         return list(completion.token_ids), completion.weight_versions
 
@@ -139,7 +213,11 @@ def test_a_running_request_goes_on_with_the_new_weights(model_dir: Path) -> None
 
 
 def answer(url: str) -> list[int]:
-    found = requests.post(
+    return ask(url).json()["choices"][0]["token_ids"]
+
+
+def ask(url: str) -> requests.Response:
+    return requests.post(
         f"{url}/v1/completions",
         json={
             "model": "tiny",
@@ -149,15 +227,20 @@ def answer(url: str) -> list[int]:
             "return_token_ids": True,
         },
         timeout=60,
-    ).json()
-    return found["choices"][0]["token_ids"]
+    )
 
 
 def test_a_server(model_dir_with_tokenizer: Path, tmp_path_factory) -> None:
     logs = tmp_path_factory.mktemp("serve")
     model = trained_model()
     change(model, 1)
-    with tiny_server(model_dir_with_tokenizer, logs, VLLM_SERVER_DEV_MODE="1") as url:
+    wait = ("--additional-config", '{"require_weight_update": true}')
+    with tiny_server(
+        model_dir_with_tokenizer, logs, *wait, VLLM_SERVER_DEV_MODE="1"
+    ) as url:
+        refusal = ask(url)
+        assert refusal.status_code == requests.codes.service_unavailable
+        assert "require_weight_update" in refusal.text
         sync = WeightSync(model, [url], timeout=60)
         assert sync.update() == 1
         assert answer(url) == greedy(model, PROMPT, 8)
