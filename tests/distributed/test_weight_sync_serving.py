@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
+import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
-from servers import tiny_server
+from servers import tiny_server, tiny_servers
 from tiny_model import TinyModel, greedy, trained_model
 
 from vllm import LLM, AsyncEngineArgs, ModelRegistry, SamplingParams
@@ -129,7 +131,7 @@ def test_many_updates_and_sleep(llm: LLM) -> None:
     for number, level in ((101, 1), (102, 2)):
         llm.sleep(level=level)
         change(model, number, std=0.2)
-        assert sync.update() == number  # it wakes the engine
+        assert sync.update(changed_only=True) == number  # it wakes the engine
         assert_equal_logprobs(llm, model)
     for level in (1, 2):
         llm.sleep(level=level)
@@ -258,13 +260,17 @@ model = trained_model()
 with torch.no_grad():
     for parameter in model.parameters():
         parameter.normal_()
-sync = WeightSync(model, [sys.argv[1]], bucket_bytes=1000, timeout=60)
+url, phase, staging = sys.argv[1:]
+sync = WeightSync(model, [url], bucket_bytes=1000, staging=staging, timeout=60)
 sync.update()
-phase = sys.argv[2]
 def die(frame, event, argument):
+    global left
     if event == "call" and frame.f_code.co_name == phase:
-        import os, signal
-        os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        if left < 0:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGKILL)
+left = 2 if phase == "_note_checksums" else 0  # until a bucket was sent
 sys.setprofile(die)
 with torch.no_grad():
     for parameter in model.parameters():
@@ -274,16 +280,18 @@ sync.update()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("staging", ["shard", "none"])
 def test_a_trainer_that_is_killed(
-    model_dir_with_tokenizer: Path, tmp_path_factory
+    model_dir_with_tokenizer: Path, tmp_path_factory, staging: str
 ) -> None:
     """In each phase of an update. The next trainer's update is whole."""
     logs = tmp_path_factory.mktemp("serve")
+    phases = ["_begin", "send", "_note_checksums", "_collect", "finish"]
 
     with tiny_server(model_dir_with_tokenizer, logs, VLLM_SERVER_DEV_MODE="1") as url:
-        for phase in ("_begin", "send", "_note_checksums", "_collect", "pause"):
+        for phase in phases:
             killed = subprocess.run(
-                [sys.executable, "-c", TRAINER, url, phase],
+                [sys.executable, "-c", TRAINER, url, phase, staging],
                 cwd=Path(__file__).parents[1],
                 stderr=subprocess.PIPE,
                 timeout=120,
@@ -291,7 +299,13 @@ def test_a_trainer_that_is_killed(
             assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
             if requests.get(f"{url}/is_paused", timeout=9).json()["is_paused"]:
                 requests.post(f"{url}/resume", timeout=9)
-            answer(url)  # whole weights of its first update
+            told = ask(url)
+            if told.ok:  # whole weights of its first update
+                assert staging == "shard" or phase in ("_begin", "send")
+            else:
+                assert staging == "none"
+                assert told.status_code == requests.codes.service_unavailable
+                assert "mixture of old and new ones" in told.text
             model = trained_model()
             change(model, len(phase))
             sync = WeightSync(model, [url], timeout=60)
@@ -300,19 +314,123 @@ def test_a_trainer_that_is_killed(
             sync.close()
 
 
+def kill(process: psutil.Popen, part: str) -> None:
+    """SIGKILL a server, its engine core, or its worker."""
+    parts = [process, *process.children(recursive=True)]
+    name = {"server": "", "engine": "EngineCore", "worker": "Worker"}[part]
+    found = [p for p in parts if name in " ".join(p.cmdline())]
+    assert found, [p.cmdline() for p in parts]
+    found[0].kill()
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed(
+    model_dir_with_tokenizer: Path, tmp_path_factory
+) -> None:
+    """In each phase of an update. It is named, and the trainer goes on."""
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    model = trained_model()
+    logs = tmp_path_factory.mktemp("serve")
+    wait = ("--additional-config", '{"require_weight_update": true}')
+    # What is called when the engine dies: before the update, in it, at its end.
+    cases = [
+        ("server", None),
+        ("worker", "send"),
+        ("engine", "_collect"),
+        ("worker", "finish"),
+        ("server", "resume"),
+    ]
+    with tiny_server(model_dir_with_tokenizer, logs, **environment) as stays:
+        version = 0
+        for number, (part, phase) in enumerate(cases):
+            folder = tmp_path_factory.mktemp(f"dies{number}")
+            with tiny_servers(
+                model_dir_with_tokenizer, folder, 1, *wait, **environment
+            ) as servers:
+                ((dies, process),) = servers.items()
+                refusal = ask(dies)
+                assert refusal.status_code == requests.codes.service_unavailable
+                sync = WeightSync(model, [stays, dies], timeout=30)
+                change(model, 2 * number)
+                version = sync.update()
+                assert answer(dies) == greedy(model, PROMPT, 8)
+
+                change(model, 2 * number + 1)
+                before = answer(stays)
+                die_at(
+                    sync, phase, lambda process=process, part=part: kill(process, part)
+                )
+                begin = time.monotonic()
+                with pytest.raises(RuntimeError, match=re.escape(dies)) as error:
+                    sync.update()
+                assert time.monotonic() - begin < 30
+                committed = phase in ("finish", "resume")
+                assert (stays in str(error.value)) is False
+                expected = greedy(model, PROMPT, 8) if committed else before
+                assert answer(stays) == expected, phase
+                sync.close()
+                # The trainer goes on with the engine that is left.
+                sync = WeightSync(model, [stays], timeout=30)
+                assert sync.update() == version + 1 + committed
+                assert answer(stays) == greedy(model, PROMPT, 8)
+                sync.close()
+
+
+def die_at(sync: WeightSync, phase: str | None, die: Callable[[], None]) -> None:
+    """Call `die` when `phase` of an update begins, or now."""
+    if phase is None:
+        die()
+        return
+    owner: Any = {"send": sync._sender, "_collect": sync}.get(phase)
+    if owner is None:
+        owner = sync._engines._clients[1]
+    action = getattr(owner, phase)
+
+    def dying(*arguments: Any) -> Any:
+        die()
+        return action(*arguments)
+
+    setattr(owner, phase, dying)
+
+
+@pytest.mark.slow
+def test_data_parallel_engines(
+    model_dir_with_tokenizer: Path, tmp_path_factory
+) -> None:
+    """Both engines behind one server get each update."""
+    logs = tmp_path_factory.mktemp("serve")
+    model = trained_model()
+    options = ("--data-parallel-size", "2")
+    with tiny_server(
+        model_dir_with_tokenizer, logs, *options, VLLM_SERVER_DEV_MODE="1"
+    ) as url:
+        sync = WeightSync(model, [url], timeout=60)
+        for version, mode in ((1, "keep"), (2, "keep")):
+            change(model, version)
+            assert sync.update() == version, mode
+            expected = greedy(model, PROMPT, 8)
+            with ThreadPoolExecutor(8) as pool:  # more than one engine takes
+                assert list(pool.map(answer, [url] * 8)) == [expected] * 8
+        sync.close()
+
+
 @pytest.mark.slow
 def test_many_updates_leak_nothing(llm: LLM) -> None:
-    """1,000 updates: no threads and no descriptors of this process."""
+    """1,000 updates: no threads, descriptors or memory, on either side."""
     model = trained_model()
     sync = WeightSync(model, llm, timeout=60)
-    for _ in range(20):
+    for _ in range(50):
         sync.update()
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 
-    def used() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
+    def used() -> list[tuple[int, int]]:
+        return [(process.num_fds(), process.num_threads()) for process in processes]
 
     before = used()
+    memory = sum(process.memory_info().rss for process in processes)
     for _ in range(1000):
         sync.update()
+    grown = sum(process.memory_info().rss for process in processes) - memory
     assert used() == before
+    assert grown < 32 << 20  # of a model of 0.6 MB
     sync.close()
