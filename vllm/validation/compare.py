@@ -11,8 +11,8 @@ says what it would have done at every position. Because it reads the *served* to
     sys.exit(report.exit_code)
 
 The two sides do not know each other: `served_tokens` reads what any engine returned,
-and a `Reference` is any function. So both may be live, such as an engine that is still
-updated, and the trainer that updates it.
+and a `Reference` is any function. So both may be live: `validate(llm, module)` compares
+an engine that is still updated with the module that trains and updates it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 
 from vllm.inputs import TokensPrompt
 from vllm.logprobs import FlatLogprobs, PromptLogprobs, SampleLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.validation.report import Thresholds, TokenComparison, ValidationReport
+from vllm.validation.trainer import is_trainer, logits_of_trainer
 
 if TYPE_CHECKING:
     from vllm.entrypoints.llm import LLM
@@ -43,7 +45,7 @@ Reference = Callable[[torch.Tensor], torch.Tensor]
 
 def validate(
     llm: LLM,
-    reference: Reference,
+    reference: Reference | nn.Module,
     prompts: Sequence[str | list[int]],
     max_tokens: int = 64,
     thresholds: Thresholds | None = None,
@@ -59,7 +61,8 @@ def validate(
         llm: The engine.
         reference: Token ids `[seq]` (int64, on the CPU) -> logits `[seq, vocab]` of
             any floating dtype; row i predicts token i + 1. Called once per prompt,
-            without gradients.
+            without gradients. Or the module that trains, whole and in this process,
+            which is called with ids and positions, and its output head.
         prompts: Texts or lists of token ids.
         max_tokens: Tokens to generate for each prompt.
         thresholds: What has to be kept; by default `Thresholds()`, for float32.
@@ -89,6 +92,9 @@ def validate(
         for prompt in prompts
     ]
     outputs = llm.generate(inputs, params, use_tqdm=False)
+    if is_trainer(reference):
+        vocab_size = model_config.get_vocab_size()
+        reference = logits_of_trainer(cast(nn.Module, reference), vocab_size)
     tokenizer = None if model_config.skip_tokenizer_init else llm.get_tokenizer()
     return validate_outputs(outputs, reference, max_tokens, thresholds, tokenizer)
 

@@ -46,8 +46,8 @@ class Client(Protocol):
 
     def init(self, info: dict[str, Any]) -> None: ...
 
-    def wake(self) -> None:
-        """Wake the weights if the engine sleeps."""
+    def wake(self) -> bool:
+        """Wake the weights if the engine sleeps; whether it does."""
 
     def begin(self, update: int) -> None:
         """Let all ranks start to receive."""
@@ -104,10 +104,11 @@ class LLMClient:
     def init(self, info: dict[str, Any]) -> None:
         self._llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         self._slept = self._llm.llm_engine.is_sleeping()
         if self._slept:
             self._llm.wake_up(tags=WEIGHTS)
+        return self._slept
 
     def begin(self, update: int) -> None:
         _start(self._llm.start_weight_update, lambda: self.finish(None))
@@ -175,10 +176,11 @@ class AsyncLLMClient:
         request = WeightTransferInitRequest(info)
         self._run(self._engine.init_weight_transfer_engine(request))
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         self._slept = self._run(self._engine.is_sleeping())
         if self._slept:
             self._run(self._engine.wake_up(WEIGHTS))
+        return self._slept
 
     def begin(self, update: int) -> None:
         _start(
@@ -266,12 +268,13 @@ class HTTPClient:
     def init(self, info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         # A server that runs without sleep mode may have no such path.
         found = self._call("GET", "/is_sleeping", optional=True)
         self._slept = bool(found and found["is_sleeping"])
         if self._slept:
             self._call("POST", "/wake_up", params={"tags": WEIGHTS})
+        return self._slept
 
     def begin(self, update: int) -> None:
         _start(

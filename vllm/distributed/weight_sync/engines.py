@@ -32,6 +32,7 @@ class Engines:
         self._lost: set[str] = set()
         self._failed: set[str] = set()
         self._begun: set[str] = set()
+        self.slept = False  # one of them, before this update
         self.urls = [each for each in engines if isinstance(each, str)]
 
     def look(self) -> None:
@@ -81,11 +82,16 @@ class Engines:
         self._failed.clear()
         self._begun.clear()
 
+        def wake(client: Client) -> None:
+            if client.wake():
+                self.slept = True
+
         def begin(client: Client) -> None:
             client.begin(update)
             self._begun.add(client.name)
 
-        failures = self.call(lambda client: client.wake())
+        self.slept = False
+        failures = self.call(wake)
         if pause is not None and not failures:
             failures = self.call(lambda client: client.pause(pause))
         return failures or self.call(begin)

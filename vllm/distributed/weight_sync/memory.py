@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 # Between two looks at a counter: at first, and at most.
 PAUSE_S, LONGEST_PAUSE_S = 20e-6, 1e-3
+STOPPED = "gave the update up."  # how an engine ends what a trainer has caused
 CHECK_S = 0.2  # between two looks whether the other process is there
 
 

@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, ProcessGroup, Work
 from vllm.distributed.utils import init_gloo_process_group
 from vllm.distributed.weight_sync.delta import nbytes_of, read_block
 from vllm.distributed.weight_sync.manifest import Location
+from vllm.distributed.weight_sync.memory import STOPPED
 from vllm.distributed.weight_sync.rendezvous import Rendezvous
 from vllm.distributed.weight_sync.traffic import SLOTS, Block, Copy, aligned
 from vllm.logger import init_logger
@@ -284,7 +285,7 @@ class NetworkReceiver:
         rendezvous, source = self._rendezvous, self._source
         made = rendezvous.get(f"links/{source}/{update}")
         if made == GAVE_UP:
-            raise ConnectionError(f"Trainer rank {source} gave the update up.")
+            raise ConnectionError(f"Trainer rank {source} {STOPPED}")
         if self._link is None or made != self._made:
             self._link = None
             store = PrefixStore(f"{source}/{self._rank}/{made}", rendezvous.store)
@@ -304,9 +305,7 @@ class NetworkReceiver:
             link.wait([link.receive(header)])
             header = header.cpu()
             if GAVE_UP in header[:, 0].tolist():
-                raise ConnectionError(
-                    f"Trainer rank {self._source} gave the update up."
-                )
+                raise ConnectionError(f"Trainer rank {self._source} {STOPPED}")
             sizes = [
                 aligned(nbytes_of(copies[0].block, changed))
                 for copies, changed in zip(bucket, header[:, 0].tolist(), strict=True)

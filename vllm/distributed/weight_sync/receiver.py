@@ -14,6 +14,7 @@ from vllm.distributed.weight_sync.blocks import copy_block
 from vllm.distributed.weight_sync.delta import read_block
 from vllm.distributed.weight_sync.manifest import Location
 from vllm.distributed.weight_sync.memory import (
+    STOPPED,
     Progress,
     import_tensor,
     map_shared,
@@ -159,7 +160,7 @@ class Receiver:
             ),
         )
         if int(filled) == -update:
-            raise ConnectionError(f"Trainer rank {self._source} gave the update up.")
+            raise ConnectionError(f"Trainer rank {self._source} {STOPPED}")
 
     def _device(self) -> int:
         """The number that this process has for the trainer's device; -1 of a CPU."""

@@ -14,7 +14,7 @@ from torch import nn
 from vllm.distributed.weight_sync.clients import Mode
 from vllm.distributed.weight_sync.engines import Engines
 from vllm.distributed.weight_sync.manifest import manifest_of
-from vllm.distributed.weight_sync.memory import require_running
+from vllm.distributed.weight_sync.memory import STOPPED, require_running
 from vllm.distributed.weight_sync.plan import Plan
 from vllm.distributed.weight_sync.rendezvous import Rendezvous, address_towards
 from vllm.distributed.weight_sync.sender import Sender
@@ -220,13 +220,13 @@ class WeightSync:
     def _send(self, update: int, changed_only: bool) -> None:
         """Send to the engines, if all of them have begun to receive."""
         assert self._rendezvous is not None and self._sender is not None
-        begun = self._rendezvous.get(
+        begun, whole = self._rendezvous.get(
             f"begun/{update}",
             what="the trainer's first rank to begin the update",
             limit=DONE_LIMIT * self._timeout,
         )
         if begun:
-            self._sender.send(update, changed_only)
+            self._sender.send(update, changed_only and not whole)
         else:
             self._sender.give_up(update)
 
@@ -254,7 +254,8 @@ class WeightSync:
         """
         assert self._rendezvous is not None
         failures = self._engines.begin(update, None if self._staged else self._mode)
-        self._rendezvous.set(f"begun/{update}", not failures)
+        # What a sleep has dropped is no base for what changed since.
+        self._rendezvous.set(f"begun/{update}", [not failures, self._engines.slept])
         if failures:
             raise RuntimeError("; ".join(failures))
 
@@ -293,7 +294,7 @@ class WeightSync:
     def _collect(self, update: int) -> list[str]:
         """What every rank of both sides says of an update, if it is not well."""
         assert self._rendezvous is not None
-        begun = self._rendezvous.get(f"begun/{update}")
+        begun, _ = self._rendezvous.get(f"begun/{update}")
         failures = []
         for key, name in self._said_by(update).items():
             if key.startswith("received") and not begun:
@@ -306,7 +307,9 @@ class WeightSync:
                 break
             if said:
                 failures.append(said if key.startswith("sent") else f"{name}: {said}")
-        return failures
+        # Engines that were told to stop are not what went wrong.
+        causes = [failure for failure in failures if not failure.endswith(STOPPED)]
+        return causes or failures
 
     def _check(self) -> None:
         """Raise ConnectionError if an engine is gone."""

@@ -96,7 +96,8 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
         rank += init_info.first_rank + replica * parallel.world_size
         if init_info.refuses:
             weights.update.require_update(init_info.refuses)
-        self._session = _Session(weights, self.device, rank, init_info)
+        frees = self.vllm_config.model_config.enable_sleep_mode
+        self._session = _Session(weights, self.device, rank, init_info, frees)
 
     def start_weight_update(self) -> None:
         """Forget what is left of an update that was not finished."""
@@ -136,8 +137,10 @@ class _Session:
         device: torch.device,
         rank: int,
         info: WeightSyncInitInfo,
+        frees: bool,
     ) -> None:
         self._info = info
+        self._frees = frees  # the device's memory, between updates
         self._rank = rank
         self._device = device
         self._rendezvous = Rendezvous(info.host, info.port, info.timeout)
@@ -209,7 +212,8 @@ class _Session:
             self._local.commit()
             if self._stream is not None:
                 torch.cuda.current_stream(self._device).synchronize()
-                self._local.release()
+                if self._frees:
+                    self._local.release()
         else:
             self._local.discard()
 

@@ -176,8 +176,7 @@ def pack_shard(layer: nn.Module, local: torch.Tensor) -> bool:
 
     Args:
         layer: For which `is_packed`.
-        local: The part, in the layer's dtype. If it was taken, the layer may go on
-            using its memory.
+        local: The part, in the layer's dtype, whose memory the layer may keep.
 
     Returns:
         Whether it was taken; other layers need `repack`.

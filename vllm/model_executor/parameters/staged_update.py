@@ -46,6 +46,7 @@ class LocalUpdate:
         self._rooms: dict[int, torch.Tensor] = {}  # by index of the entry
         self._device: torch.device | None = None
         self._marked = False  # the model is known to be written to
+        self._released = False  # so rooms begin with what the model has
 
     def check_complete(self, arriving: Iterable[tuple[int, tuple[int, ...]]]) -> None:
         """Raise ValueError unless all elements of all tensors are to arrive.
@@ -85,6 +86,9 @@ class LocalUpdate:
                     dtype=layout.dtype,
                     device=self._staging_device(),
                 )
+                if self._released and local is not None and not _packs(entry):
+                    for box, part in layout.parts_of(local):
+                        box.of_local(self._rooms[index]).copy_(part)
             else:
                 self._rooms[index] = local
         return self._rooms[index]
@@ -113,16 +117,13 @@ class LocalUpdate:
                     part.copy_(box.of_local(room))
         for owner in rewritten:
             repack_tied(owner)
-        taken: set[int] = set()
         for owner, leaves in packed.items():
             index = next(iter(leaves.values()))
             known = bool(self._entries[index].layout.boxes)
-            if known and pack_shard(owner, self._rooms[index]):
-                taken.add(index)
+            # The room stays: an update may bring only what has changed since.
+            if known and pack_shard(owner, self._rooms[index].clone()):
                 continue
             repack(owner, {leaf: self._whole(index) for leaf, index in leaves.items()})
-        for index in taken:
-            del self._rooms[index]  # it may be the layer's memory now
         self._weights.update.finish_load(self._weights.names.local_names())
 
     def discard(self) -> None:
@@ -131,8 +132,12 @@ class LocalUpdate:
             self._rooms.clear()
 
     def release(self) -> None:
-        """Let PyTorch have the memory of what was kept aside; a sleep frees it."""
-        self._rooms.clear()
+        """Let PyTorch have the memory of what was kept aside; a sleep frees it.
+
+        What a layer has packed stays, because nothing else has it as it came.
+        """
+        self._rooms = {i: r for i, r in self._rooms.items() if _packs(self._entries[i])}
+        self._released = True
 
     def _whole(self, index: int) -> torch.Tensor:
         """A whole tensor for a layer's loader, which reads this rank's part of it."""
