@@ -2,15 +2,48 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Sampling by vLLM's engine in the service's process."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from tink_client import MODEL, TEXT, logprobs, train, training
 from tink_server import TinkServer
 from tinker import types
+
+
+def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
+    """Completions of the base and of a checkpoint, chat, models, and errors."""
+    http = httpx.Client(base_url=f"{server.url}/v1/", timeout=60)
+
+    def complete(model: str) -> httpx.Response:
+        body = {"model": model, "prompt": TEXT[:6], "max_tokens": 6, "temperature": 0}
+        return http.post("completions", json=body | {"return_token_ids": True})
+
+    path = client.save_weights_for_sampler("served").result().path
+    folder = server.root / "checkpoints" / path.removeprefix("tinker://")
+    shutil.copytree(folder, server.root / "adapters" / "a")
+    load = {"lora_name": "mine", "lora_path": "a"}
+    assert http.post("load_lora_adapter", json=load).is_success
+    assert {card["id"] for card in http.get("models").json()["data"]} == {MODEL, "mine"}
+    (choice,) = complete("mine").json()["choices"]
+    sampler = client.save_weights_and_get_sampling_client().result()
+    greedy = types.SamplingParams(max_tokens=6, temperature=0.0)
+    prompt = types.ModelInput.from_ints(TEXT[:6])
+    (sequence,) = sampler.sample(prompt, 1, greedy).result().sequences
+    assert choice["token_ids"] == list(sequence.tokens)
+    assert complete(MODEL).json()["choices"][0]["token_ids"] != choice["token_ids"]
+    assert http.post("unload_lora_adapter", json={"lora_name": "mine"}).is_success
+    assert complete("mine").status_code == 404
+    for path, text in (("../checkpoints", "outside"), ("b", "does not exist")):
+        answer = http.post("load_lora_adapter", json=load | {"lora_path": path})
+        assert answer.status_code == 400 and text in answer.json()["detail"]
+    assert httpx.get(f"{server.url}/server_info").status_code == 404
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 @pytest.mark.engine
@@ -75,3 +108,4 @@ def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
         )
         (shorter,) = stopped.result().sequences
         assert shorter.stop_reason == "stop" and shorter.tokens[-1] == stop
+        _vllm_api_on_the_same_port(server, one)
