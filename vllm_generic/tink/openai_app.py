@@ -23,9 +23,9 @@ async def mount(app: FastAPI, engine: Any, folder: Path, name: str) -> None:
     Adapters that are loaded by `/v1/load_lora_adapter` lie below the adapters'
     directory, and all users may sample from them.
     """
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    # where all supported releases have them; vLLM 0.32 has moved them
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.entrypoints.openai.api_server import build_app, init_app_state
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
