@@ -8,7 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from vllm_generic.tink.settings import Settings, default_root, flag, parse_api_keys
+from vllm_generic.tink.settings import (
+    Settings,
+    default_port,
+    default_root,
+    flag,
+    parse_api_keys,
+    vllm_urls,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--model-name", help="the name that clients ask for")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument(
+        "--port", type=int, default=default_port(), help="0 takes a free one"
+    )
     serve.add_argument(
         "--root", type=Path, default=default_root(), help="for all state"
     )
@@ -108,6 +117,7 @@ def main() -> int:
             trainer=arguments.trainer,
             packed=arguments.packed,
             sampler=arguments.sampler,
+            vllm_urls=tuple(vllm_urls()),
             max_lora_rank=arguments.max_lora_rank,
             max_adapters=arguments.max_adapters,
         )
