@@ -21,7 +21,8 @@ from vllm_generic.tink.backends.packed_model import (
     copy_sharing_parameters,
     pack,
 )
-from vllm_generic.tink.backends.remote_sampler import RemoteSampler
+from vllm_generic.tink.backends.remote_megatron import RemoteMegatron
+from vllm_generic.tink.backends.remote_sampler import Remote, RemoteSampler
 from vllm_generic.tink.backends.remote_vllm import RemoteVLLM
 from vllm_generic.tink.backends.tiny_model import make_tiny_model
 from vllm_generic.tink.backends.vllm_sampler import VLLMSampler
@@ -80,7 +81,13 @@ def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
     )
     if settings.sampler == "hf":
         return local
-    remote = RemoteVLLM(settings.vllm_urls, settings.max_adapters)
+    remote: Remote
+    if settings.sampler == "megatron":
+        remote = RemoteMegatron(
+            settings.megatron_url, local.tokenizer, local.max_length
+        )
+    else:
+        remote = RemoteVLLM(settings.vllm_urls, settings.max_adapters)
     return RemoteSampler(remote, local)
 
 

@@ -51,7 +51,8 @@ class Settings:
     device: str = "cpu"
     trainer: str = "module"  # or "hf"
     packed: bool | None = None  # by default on a GPU
-    sampler: str = "hf"  # or "vllm"
+    sampler: str = "hf"  # or "vllm", or "megatron"
+    megatron_url: str = "http://localhost:5000"  # of a text-generation server
     vllm_urls: tuple[str, ...] = ()  # of servers; without, an engine in this process
     max_queued_training: int = 256  # requests of one run
     max_queued_sampling: int = 2048  # requests of all samplers
