@@ -23,6 +23,7 @@ from vllm.model_executor.parallel_context import ParallelContext
 from vllm.v1.attention.training.sequences import packed_sequences
 
 from .adapter import Adapter
+from .mixtures import Mixture, mixtures_of
 from .ops.grouped_product import NO_ADAPTER
 from .site_hooks import BatchRows, SiteHook, Slots
 from .sites import Site, find_sites
@@ -52,6 +53,7 @@ class AdaptedModule:
         self._vocab_size = vocab_size
         self._rows = BatchRows()
         self._hooks = {name: SiteHook(s, self._rows) for name, s in self.sites.items()}
+        self._mixtures = mixtures_of(module, self.sites, self._rows)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -124,13 +126,16 @@ class AdaptedModule:
         self._rows.host, self._rows.slots = rows, rows.to(self.device)
         self._rows.tokens = len(rows) if tokens is None else tokens
         hooks = self._fill_slots(adapters)
-        for hook in hooks:
-            hook.attach()
+        blocks = {hook.site.mixture for hook in hooks} - {None}
+        mixtures = [self._mixtures[name] for name in blocks if name is not None]
+        changes: list[SiteHook | Mixture] = [*hooks, *mixtures]
+        for change in changes:
+            change.attach()
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.detach()
+            for change in changes:
+                change.detach()
 
     def _fill_slots(self, adapters: Sequence[Adapter]) -> list[SiteHook]:
         """The hooks of the sites that one of the adapters changes."""
@@ -138,21 +143,26 @@ class AdaptedModule:
         for name, hook in self._hooks.items():
             if not any(name in adapter.factors for adapter in adapters):
                 continue
-            site, slots = hook.site, Slots()
+            site = hook.site
+            all_a: list[torch.Tensor] = []
+            all_b: list[torch.Tensor] = []
             for adapter in adapters:
                 pair = adapter.factors.get(name)
                 if pair is None:
                     empty = torch.empty(0, site.local_inputs, device=self.device)
-                    slots.a.append(empty)
-                    slots.b.append(empty.new_empty(0, site.local_outputs))
+                    all_a.append(empty)
+                    all_b.append(empty.new_empty(0, site.local_outputs))
                 else:
-                    slots.a.append(self._local(pair[0], site.local_a, site.inputs))
-                    slots.b.append(self._local(pair[1], site.local_b, site.outputs))
-            ranks = [a.shape[0] for a in slots.a]
+                    all_a.append(self._local(pair[0], site.local_a, site.inputs))
+                    all_b.append(self._local(pair[1], site.local_b, site.outputs))
+            ranks = [a.shape[0] for a in all_a]
             scales = [adapter.config.scale_of(name) for adapter in adapters]
-            slots.ranks = torch.tensor(ranks, dtype=torch.int32)
-            slots.scales = torch.tensor(scales, device=self.device)
-            hook.slots = slots
+            hook.slots = Slots(
+                all_a,
+                all_b,
+                torch.tensor(ranks, dtype=torch.int32),
+                torch.tensor(scales, device=self.device),
+            )
             used.append(hook)
         return used
 

@@ -27,6 +27,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .adapter import Adapter
+from .mixtures import mixtures_of
 from .site_hooks import BatchRows, SiteHook, Slots
 from .sites import unknown_module
 
@@ -86,6 +87,8 @@ class HookedLoRAManager:
                 for name, site in sites.items()
                 if any(name == end or name.endswith(f".{end}") for end in ends)
             }
+        if self.device.type != "cpu":  # its CUDA graphs do not know the rows
+            sites = {name: s for name, s in sites.items() if s.mixture is None}
         self._sites = sites
         self._all_names = set(sites)
         if self._context.pipeline_parallel_size > 1:
@@ -100,6 +103,8 @@ class HookedLoRAManager:
         for hook in self._hooks.values():
             hook.slots = self._empty_slots(hook)
             hook.attach()
+        for mixture in mixtures_of(model.module, sites, self._rows).values():
+            mixture.attach()
         self._rows.slots = self._token_slots
         model.lora_manager = self
         return model

@@ -33,6 +33,7 @@ class BatchRows:
         slots: the slot of each row's adapter, `[at least tokens]`; -1 is none.
         host: the same on the CPU, if the process knows it without asking the device.
         tokens: how many rows the batch has.
+        only: the slot of all rows, while a mixture runs with those of one adapter.
         any_adapter: bool `[]` on the CPU, whether some row has one.
 
     """
@@ -40,6 +41,7 @@ class BatchRows:
     slots: torch.Tensor | None = None
     host: torch.Tensor | None = None
     tokens: int = 0
+    only: int | None = None
     any_adapter: torch.Tensor = field(default_factory=lambda: torch.tensor(True))
 
 
@@ -130,6 +132,8 @@ class SiteHook:
             return output
         host = self.rows.host
         groups = rows if host is None else host[: len(rows)]
+        if host is not None and self.rows.only is not None:
+            groups = host.new_full((len(rows),), self.rows.only)
         narrow = self._shrink(flat, rows, groups, output.dtype)
         delta = self._expand(narrow, groups, width)
         return output + delta.view(output.shape)
@@ -156,6 +160,8 @@ class SiteHook:
         """
         tokens = flat.shape[0]
         assert self.rows.slots is not None
+        if self.rows.only is not None:
+            return self.rows.slots.new_full((tokens,), self.rows.only)
         if not torch.compiler.is_compiling() and tokens < self.rows.tokens:
             raise RuntimeError(
                 f"{self.site.name} was called with {tokens} rows in a batch of "

@@ -20,8 +20,8 @@ from .adapter_config import AdapterConfig
 
 # What PyTorch's and Megatron's or vLLM's layers call their widths.
 LINEAR_WIDTHS = (("in_features", "out_features"), ("input_size", "output_size"))
-# Layers of experts, by a part of their names: each gets only some of the tokens, in
-# another order than the batch has.
+# What a mixture's experts are called: each gets only some of the tokens, in another
+# order than the batch has.
 EXPERTS = {"experts", "local_experts"}
 EMBEDDING_WIDTHS = ("num_embeddings", "embedding_dim")
 
@@ -36,6 +36,7 @@ class Site:
         is_embedding: its input is token ids, and its weight `[inputs, outputs]`.
         is_head: it gives the logits.
         layout: of its weight, `[outputs, inputs]` if it is linear.
+        mixture: the name of the block whose expert it is a part of, or None.
 
     """
 
@@ -44,6 +45,7 @@ class Site:
     is_embedding: bool
     is_head: bool
     layout: Layout
+    mixture: str | None = None
 
     @property
     def _input_axis(self) -> int:
@@ -85,7 +87,10 @@ class Site:
 
 
 def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
-    """All sites of this rank's part of `module`, by name; experts are none."""
+    """All sites of this rank's part of `module`, by name.
+
+    Of experts only those that a block holds in a ModuleList or ModuleDict.
+    """
     sites = {}
     full_name = full_names(module)
     for name, part in module.named_modules():
@@ -96,7 +101,10 @@ def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
         is_linear = any(
             all(hasattr(part, width) for width in pair) for pair in LINEAR_WIDTHS
         )
-        if not (is_embedding or is_linear) or EXPERTS & set(name.split(".")):
+        if not (is_embedding or is_linear):
+            continue
+        block = _block_of_expert(name)
+        if block is not None and not _holds_experts(module, block):
             continue
         name = full_name(f"{without_wrappers(name)}.weight", None)
         name = name.removesuffix(".weight")
@@ -104,8 +112,22 @@ def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
         if type(part).__name__ == "ParallelLMHead":  # an embedding in vLLM's classes
             is_embedding, is_head = False, True
         layout = layout_of(weight, part, context)
-        sites[name] = Site(name, part, is_embedding, is_head, layout)
+        sites[name] = Site(name, part, is_embedding, is_head, layout, block)
     return sites
+
+
+def _block_of_expert(name: str) -> str | None:
+    """The name of the block of experts that has the layer `name`."""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part in EXPERTS), None)
+    return None if index is None else ".".join(parts[:index])
+
+
+def _holds_experts(module: nn.Module, block: str) -> bool:
+    if not block:
+        return False  # the whole model, which is not called with hidden states
+    held = [getattr(module.get_submodule(block), name, None) for name in EXPERTS]
+    return any(isinstance(which, nn.ModuleList | nn.ModuleDict) for which in held)
 
 
 def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:

@@ -8,7 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from vllm_generic.tink.settings import Settings, default_root, flag, parse_api_keys
+from vllm_generic.tink.settings import (
+    Settings,
+    default_port,
+    default_root,
+    flag,
+    parse_api_keys,
+    vllm_urls,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--model-name", help="the name that clients ask for")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument(
+        "--port", type=int, default=default_port(), help="0 takes a free one"
+    )
     serve.add_argument(
         "--root", type=Path, default=default_root(), help="for all state"
     )
@@ -52,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--sampler",
-        choices=("hf", "vllm"),
+        choices=("hf", "vllm", "megatron"),
         default="vllm" if flag(os.environ, "USE_VLLM") else "hf",
-        help="also USE_VLLM=true",
+        help="also USE_VLLM=true; megatron asks the server at MEGATRON_SERVER_URL",
     )
     serve.add_argument(
         "--max-lora-rank",
@@ -84,8 +93,8 @@ def main() -> int:
         return print_status(arguments.url)
     if flag(os.environ, "USE_MEGATRON"):
         parser.error(
-            "USE_MEGATRON=true, but this version trains by Hugging Face and PEFT only; "
-            "unset it"
+            "USE_MEGATRON=true, but this version does not train with megatron-core; "
+            "unset it, or say USE_MEGATRON=false for Hugging Face and PEFT"
         )
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
@@ -108,6 +117,8 @@ def main() -> int:
             trainer=arguments.trainer,
             packed=arguments.packed,
             sampler=arguments.sampler,
+            vllm_urls=tuple(vllm_urls()),
+            megatron_url=os.environ.get("MEGATRON_SERVER_URL", Settings.megatron_url),
             max_lora_rank=arguments.max_lora_rank,
             max_adapters=arguments.max_adapters,
         )

@@ -35,6 +35,11 @@ def build_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        engine = service.sampling.sampler.engine
+        if engine is not None:
+            from vllm_generic.tink import openai_app
+
+            await openai_app.mount(app, engine, service.model_dir, service.model_name)
         yield
         await service.stop()
 

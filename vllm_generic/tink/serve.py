@@ -21,6 +21,9 @@ from vllm_generic.tink.backends.packed_model import (
     copy_sharing_parameters,
     pack,
 )
+from vllm_generic.tink.backends.remote_megatron import RemoteMegatron
+from vllm_generic.tink.backends.remote_sampler import Remote, RemoteSampler
+from vllm_generic.tink.backends.remote_vllm import RemoteVLLM
 from vllm_generic.tink.backends.tiny_model import make_tiny_model
 from vllm_generic.tink.backends.vllm_sampler import VLLMSampler
 from vllm_generic.tink.service import Service
@@ -66,16 +69,26 @@ def _trainer(settings: Settings, base: Any) -> Trainer:
 def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
     from transformers import AutoTokenizer
 
-    if settings.sampler == "vllm":
+    if settings.sampler == "vllm" and not settings.vllm_urls:
         return VLLMSampler(
             folder, settings.device, settings.max_adapters, settings.max_lora_rank
         )
-    return HFSampler(
+    local = HFSampler(
         base,
         pack(base) if settings.trainer == "module" else PackedModel(base, packed=False),
         AutoTokenizer.from_pretrained(folder),
         settings.max_adapters,
     )
+    if settings.sampler == "hf":
+        return local
+    remote: Remote
+    if settings.sampler == "megatron":
+        remote = RemoteMegatron(
+            settings.megatron_url, local.tokenizer, local.max_length
+        )
+    else:
+        remote = RemoteVLLM(settings.vllm_urls, settings.max_adapters)
+    return RemoteSampler(remote, local)
 
 
 def serve(settings: Settings) -> None:

@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """How a service is set up: from the command line and the environment."""
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 TRUE = {"1", "true", "yes", "on"}
 
@@ -13,6 +15,22 @@ TRUE = {"1", "true", "yes", "on"}
 def flag(environment: Mapping[str, str], name: str, default: bool = False) -> bool:
     value = environment.get(name)
     return default if value is None else value.strip().lower() in TRUE
+
+
+def vllm_urls(value: str | None = None) -> list[str]:
+    """Of ``value`` or VLLM_BASE_URL: servers, separated by commas; none without it."""
+    value = value or os.environ.get("VLLM_BASE_URL", "")
+    return [url.strip() for url in value.split(",") if url.strip()]
+
+
+def default_port() -> int:
+    """8000, unless vLLM is there on this machine."""
+    taken = {
+        parts.port
+        for parts in map(urlsplit, vllm_urls())
+        if parts.hostname in {"localhost", "127.0.0.1", "::1"}
+    }
+    return next(port for port in itertools.count(8000) if port not in taken)
 
 
 def default_root() -> Path:
@@ -33,7 +51,9 @@ class Settings:
     device: str = "cpu"
     trainer: str = "module"  # or "hf"
     packed: bool | None = None  # by default on a GPU
-    sampler: str = "hf"  # or "vllm"
+    sampler: str = "hf"  # or "vllm", or "megatron"
+    megatron_url: str = "http://localhost:5000"  # of a text-generation server
+    vllm_urls: tuple[str, ...] = ()  # of servers; without, an engine in this process
     max_queued_training: int = 256  # requests of one run
     max_queued_sampling: int = 2048  # requests of all samplers
     max_body_bytes: int = 64 * 1024 * 1024

@@ -13,59 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from vllm_generic.tink.settings import flag
+from vllm_generic.tink.backends.vllm_servers import VLLMServers
+from vllm_generic.tink.settings import flag, vllm_urls
 
 DEFAULT_URL = "http://localhost:8000"
-
-
-class VLLMServers:
-    """Servers of one model. A request goes to the one with the fewest under way."""
-
-    def __init__(self, urls: Sequence[str], timeout: float = 600.0) -> None:
-        self.urls = [url.rstrip("/") for url in urls]
-        self._client = httpx.Client(timeout=timeout)
-        self._busy = dict.fromkeys(self.urls, 0)
-        self._lock = threading.Lock()
-        self.adapters: dict[str, str] = {}
-        models = self.request("GET", self.urls[0], "/v1/models").json()["data"]
-        self.model = models[0]["id"]
-
-    def close(self) -> None:
-        self._client.close()
-
-    def request(self, method: str, url: str, path: str, **options: Any) -> Any:
-        """Raises ConnectionError if no server answers, RuntimeError if it refuses."""
-        try:
-            answer = self._client.request(method, url + path, **options)
-        except httpx.TransportError as error:
-            raise ConnectionError(
-                f"The vLLM server can't be reached at {url} ({error}). Start it with "
-                "`trl vllm-serve --model … --enable-lora`, or correct VLLM_BASE_URL."
-            ) from error
-        if answer.is_error:
-            raise RuntimeError(
-                f"{url}{path} answered {answer.status_code}: {answer.text}"
-            )
-        return answer
-
-    def everywhere(self, path: str, **options: Any) -> None:
-        """A POST to every server."""
-        for url in self.urls:
-            self.request("POST", url, path, **options)
-
-    def least_busy(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A POST to the server with the fewest requests of this process."""
-        with self._lock:
-            url = min(self.urls, key=self._busy.__getitem__)
-            self._busy[url] += 1
-        try:
-            return self.request("POST", url, path, json=body).json()
-        finally:
-            with self._lock:
-                self._busy[url] -= 1
-
 
 _lock = threading.Lock()
 _servers: VLLMServers | None = None
@@ -73,9 +24,10 @@ _trl: Any = None
 
 
 def _urls(config: Mapping[str, Any]) -> list[str]:
-    value = config.get("base_url") or os.environ.get("VLLM_BASE_URL") or DEFAULT_URL
-    urls = value.split(",") if isinstance(value, str) else list(value)
-    return [url.strip() for url in urls if url.strip()]
+    value = config.get("base_url")
+    if value is None or isinstance(value, str):
+        return vllm_urls(value) or [DEFAULT_URL]
+    return list(value)
 
 
 def initialize_vllm_client(config: Mapping[str, Any] | None = None) -> VLLMServers:
@@ -118,8 +70,11 @@ def generate_with_vllm(
     }
 
     def one(prompt: Any) -> str:
-        answer = servers.least_busy("/v1/completions", body | {"prompt": prompt})
-        return answer["choices"][0]["text"]
+        asked = body | {"prompt": prompt}
+        answer = servers.least_busy(
+            lambda url: servers.request("POST", url, "/v1/completions", json=asked)
+        )
+        return answer.json()["choices"][0]["text"]
 
     if not prompts:
         return []

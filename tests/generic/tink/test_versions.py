@@ -11,7 +11,7 @@ import torch
 from vllm.lora.adapter import Adapter
 from vllm.lora.adapter_config import AdapterConfig
 from vllm_generic.tink.backends.base import Version
-from vllm_generic.tink.backends.shared_versions import SharedVersions
+from vllm_generic.tink.backends.shared_versions import FIRST_NUMBER, SharedVersions
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.recent import RecentAdapters
 
@@ -50,10 +50,10 @@ def test_only_versions_without_requests_leave_shared_memory() -> None:
             assert Path(second.lora_path).exists()
         with use("c") as third:
             assert not Path(second.lora_path).exists()
-            assert third.lora_int_id == 3
+            assert third.lora_int_id == FIRST_NUMBER + 2
         assert Path(first.lora_path).exists()
     with use("b") as second, use("b") as again:
-        assert second.lora_int_id == 4 and again is second
+        assert second.lora_int_id == FIRST_NUMBER + 3 and again is second
     assert not Path(first.lora_path).exists()
     shared.close()
     assert not Path(second.lora_path).exists()
@@ -69,5 +69,5 @@ def test_a_version_that_is_refused_takes_no_memory() -> None:
     with pytest.raises(UserError, match="too large"), shared.request(version, refuse):
         pass
     with shared.request(version, lambda adapter: None) as request:
-        assert request.lora_int_id == 1
+        assert request.lora_int_id == FIRST_NUMBER
     shared.close()

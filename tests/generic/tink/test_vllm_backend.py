@@ -88,6 +88,19 @@ def test_adapters_are_on_every_server_and_requests_are_shared(
         assert paths[-2:] == ["/reset_prefix_cache", "/v1/unload_lora_adapter"]
 
 
+def test_a_server_that_is_down_is_left_out(servers: list[_Server]) -> None:
+    urls = ["http://127.0.0.1:9", servers[0].url]
+    both = vllm_backend.initialize_vllm_client({"base_url": urls})
+    asked: list[str] = []
+
+    def work(url: str) -> str:
+        asked.append(url)
+        return both.request("GET", url, "/v1/models").json()["data"][0]["id"]
+
+    assert both.least_busy(work) == "base"
+    assert asked == urls[1:]  # it was found out when the client was made
+
+
 def test_errors(servers: list[_Server], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="LoRA path does not exist: '/no/such'"):
         vllm_backend.register_lora_adapter("mine", "/no/such")

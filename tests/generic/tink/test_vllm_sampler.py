@@ -2,9 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Sampling by vLLM's engine in the service's process."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -13,10 +16,79 @@ from tink_server import TinkServer
 from tinker import types
 
 
+def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
+    """Completions of the base and of a checkpoint, chat, models, and errors."""
+    http = httpx.Client(base_url=f"{server.url}/v1/", timeout=60)
+
+    def complete(model: str) -> httpx.Response:
+        body = {"model": model, "prompt": TEXT[:6], "max_tokens": 6, "temperature": 0}
+        return http.post("completions", json=body | {"return_token_ids": True})
+
+    path = client.save_weights_for_sampler("served").result().path
+    folder = server.root / "checkpoints" / path.removeprefix("tinker://")
+    shutil.copytree(folder, server.root.parent / "a")
+    load = {"lora_name": "mine", "lora_path": "a"}
+    assert http.post("load_lora_adapter", json=load).is_success
+    assert {card["id"] for card in http.get("models").json()["data"]} == {MODEL, "mine"}
+    (choice,) = complete("mine").json()["choices"]
+    sampler = client.save_weights_and_get_sampling_client().result()
+    greedy = types.SamplingParams(max_tokens=6, temperature=0.0)
+    prompt = types.ModelInput.from_ints(TEXT[:6])
+    (sequence,) = sampler.sample(prompt, 1, greedy).result().sequences
+    assert choice["token_ids"] == list(sequence.tokens)
+    assert complete(MODEL).json()["choices"][0]["token_ids"] != choice["token_ids"]
+    assert http.post("unload_lora_adapter", json={"lora_name": "mine"}).is_success
+    assert complete("mine").status_code == 404
+    for path, text in (("../elsewhere", "outside"), ("b", "does not exist")):
+        answer = http.post("load_lora_adapter", json=load | {"lora_path": path})
+        assert answer.status_code == 400 and text in answer.json()["detail"]
+    assert httpx.get(f"{server.url}/server_info").status_code == 404
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def _sample_from_its_api(url: str, root: Path, patch: pytest.MonkeyPatch) -> TinkServer:
+    """Another service, which trains and asks the first one's /v1 for samples."""
+    patch.setenv("USE_VLLM", "true")
+    patch.setenv("VLLM_BASE_URL", f"http://127.0.0.1:9, {url}")
+    other = TinkServer(root).start()
+    service = other.client()
+    one = training(service)
+    two = training(service, rank=4, seed=1, train_unembed=False)
+    prompt = types.ModelInput.from_ints(TEXT[:6])
+    for client, steps in ((one, 3), (two, 5)):
+        train(client, steps)
+        sampler = client.save_weights_and_get_sampling_client().result()
+        params = types.SamplingParams(max_tokens=6, seed=5)
+        output = sampler.sample(prompt, 2, params, topk_sample_logprobs=2).result()
+        for sequence in output.sequences:
+            trained = logprobs(client, TEXT[:6] + sequence.tokens)[-6:]
+            assert np.float32(sequence.logprobs) == pytest.approx(trained, abs=1e-4)
+            assert [len(top) for top in sequence.topk_logprobs] == [2] * 6
+        scores = sampler.compute_logprobs(types.ModelInput.from_ints(TEXT)).result()
+        assert np.float32(scores[1:]) == pytest.approx(logprobs(client), abs=1e-4)
+    log = other.log.read_text()
+    reason = "Hugging Face instead: vLLM scores prompts without an adapter of the head"
+    assert log.count("sampling by Hugging Face instead") == log.count(reason) == 1
+    return other
+
+
+def _sample_without_it(other: TinkServer) -> None:
+    sampler = other.client().create_sampling_client(base_model=MODEL).result()
+    prompt = types.ModelInput.from_ints(TEXT[:6])
+    params = types.SamplingParams(max_tokens=4, stop=[])
+    (sequence,) = sampler.sample(prompt, 1, params).result().sequences
+    assert len(sequence.tokens) == 4
+    log = other.log.read_text()
+    assert "Hugging Face instead: The vLLM server can't be reached at http" in log
+
+
 @pytest.mark.engine
-def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
+def test_vllm_samples_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two adapters and the base in one batch; the trainer's log-probabilities."""
-    with TinkServer(tmp_path / "state", "--sampler", "vllm") as server:
+    options = ("--sampler", "vllm", "--adapters-dir", str(tmp_path))
+    with TinkServer(tmp_path / "state", *options) as server:
         service = server.client()
         # an adapter of the head, and one without it, whose prompts vLLM scores
         one = training(service)
@@ -75,3 +147,9 @@ def test_vllm_samples_what_was_trained(tmp_path: Path) -> None:
         )
         (shorter,) = stopped.result().sequences
         assert shorter.stop_reason == "stop" and shorter.tokens[-1] == stop
+        _vllm_api_on_the_same_port(server, one)
+        other = _sample_from_its_api(server.url, tmp_path / "other", monkeypatch)
+    try:
+        _sample_without_it(other)
+    finally:
+        other.stop()

@@ -179,6 +179,7 @@ class Sampler(Protocol):
     tokenizer: Any
     max_length: int
     vocab_size: int
+    engine: Any  # vLLM's engine in this process, or None
 
     def failure(self) -> str | None:
         """Why nothing can be sampled any more, or None."""

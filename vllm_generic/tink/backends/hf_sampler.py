@@ -42,6 +42,8 @@ class HFSampler:
 
     """
 
+    engine = None
+
     def __init__(
         self, model: Any, scorer: PackedModel, tokenizer: Any, max_adapters: int = 8
     ) -> None:

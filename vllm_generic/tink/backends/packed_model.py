@@ -47,7 +47,7 @@ class PackedModel(nn.Module):
         self.add_module(self._head_name, head)
         if packed:
             _replace_attention(base)
-            self.config._attn_implementation = ATTENTION
+            model.set_attn_implementation(ATTENTION)
 
     def get_output_embeddings(self) -> nn.Module:
         return getattr(self, self._head_name)

@@ -13,6 +13,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.shared_adapters import SharedAdapters
 from vllm_generic.tink.backends.base import Version
 
+FIRST_NUMBER = 1_000_000
+
 
 @dataclass
 class _Shared:
@@ -30,7 +32,8 @@ class SharedVersions:
     def __init__(self, most: int) -> None:
         self._most = most
         self._memory = SharedAdapters()
-        self._numbers = count(1)
+        # vLLM's API in the same process numbers its own adapters from 1 on
+        self._numbers = count(FIRST_NUMBER)
         self._versions: OrderedDict[str, _Shared] = OrderedDict()
 
     def close(self) -> None:

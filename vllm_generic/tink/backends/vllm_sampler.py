@@ -14,13 +14,13 @@ import numpy as np
 from vllm.lora.adapter import Adapter
 from vllm_generic.tink.backends import packed_model
 from vllm_generic.tink.backends.base import (
-    NO_LOGPROB,
     SampledSequence,
     SampleJob,
     SampleOutput,
     TopK,
     Version,
 )
+from vllm_generic.tink.backends.remote_vllm import top_k
 from vllm_generic.tink.backends.shared_versions import SharedVersions
 from vllm_generic.tink.errors import UserError
 
@@ -136,15 +136,13 @@ class VLLMSampler:
 
 
 def _top(entries: list[dict[int, Any] | None], k: int) -> TopK:
-    """The k likeliest tokens of each position; none where there is no entry."""
-    ids = np.zeros((len(entries), k), np.int32)
-    values = np.full((len(entries), k), NO_LOGPROB, np.float32)
-    for row, entry in enumerate(entries):
-        # the token itself is in an entry too, whatever its rank
-        ranked = sorted((entry or {}).items(), key=lambda item: -item[1].logprob)[:k]
-        for column, (token, logprob) in enumerate(ranked):
-            ids[row, column], values[row, column] = token, logprob.logprob
-    return TopK(ids, values)
+    return top_k(
+        [
+            {token: item.logprob for token, item in (entry or {}).items()}
+            for entry in entries
+        ],
+        k,
+    )
 
 
 def _sequence(output: Any, topk: int) -> SampledSequence:

@@ -15,7 +15,8 @@ def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _user(request: Request) -> str:
+def user_of_request(request: Request) -> str:
+    """Raises InvalidKeyError if its key is not known."""
     key = request.headers.get("x-api-key")
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if key is None and scheme.lower() == "bearer":
@@ -38,5 +39,5 @@ async def _body(request: Request) -> bytes:
 
 
 ServiceOf = Annotated[Service, Depends(_service)]
-User = Annotated[str, Depends(_user)]
+User = Annotated[str, Depends(user_of_request)]
 RawBody = Annotated[bytes, Depends(_body)]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Adapters of a mixture's experts, each of which gets some of a batch's tokens.
+
+Which adapter a row has is not known inside an expert. So the block that holds the
+experts is called once for each adapter of the batch, with the rows of that adapter
+alone. Which rows there are has to be known on the host: in a trainer, and in an engine
+on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .site_hooks import BatchRows
+from .sites import Site
+
+
+class Mixture:
+    """Calls a block of experts with the rows of one adapter at a time.
+
+    Args:
+        name: of the block, for errors.
+        block: its first argument is `[..., hidden]`, all tokens of a batch, and its
+            output is a tensor or a tuple of tensors with the same leading axes or with
+            `[tokens, ...]`. No token may depend on another.
+        rows: which row has which adapter.
+
+    """
+
+    def __init__(self, name: str, block: nn.Module, rows: BatchRows) -> None:
+        self.name = name
+        self.block = block
+        self.rows = rows
+
+    def attach(self) -> None:
+        own = self.block.forward
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(own, x, *args, **kwargs)
+
+        self.block.forward = forward
+
+    def detach(self) -> None:
+        # what `attach` has put before the method of the class
+        self.block.__dict__.pop("forward", None)
+
+    def _forward(self, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.rows.any_adapter:
+            return own(x, *args, **kwargs)
+        rows = self.rows.slots if self.rows.host is None else self.rows.host
+        assert rows is not None and not rows.is_cuda
+        tokens = x.numel() // x.shape[-1]
+        if tokens < self.rows.tokens:
+            raise RuntimeError(
+                f"{self.name} was called with {tokens} rows in a batch of "
+                f"{self.rows.tokens} tokens; adapters of its experts need all of them. "
+                "Leave the experts out by target_modules."
+            )
+        rows = rows[:tokens]
+        slots = rows.unique().tolist()
+        flat = x.reshape(tokens, x.shape[-1])
+        outputs, places = [], []
+        try:
+            for slot in slots:
+                self.rows.only = slot
+                if len(slots) == 1:
+                    return own(x, *args, **kwargs)
+                where = (rows == slot).nonzero().squeeze(1).to(x.device)
+                part = flat[where]
+                if x.dim() == 3:  # [1, tokens, hidden], as rows of one sequence
+                    part = part.unsqueeze(0)
+                outputs.append(own(part, *args, **kwargs))
+                places.append(where)
+        finally:
+            self.rows.only = None
+        order = torch.cat(places).argsort()
+        if isinstance(outputs[0], tuple):
+            parts = zip(*outputs, strict=True)
+            return tuple(_joined(list(part), order, x) for part in parts)
+        return _joined(outputs, order, x)
+
+
+def mixtures_of(
+    module: nn.Module, sites: Mapping[str, Site], rows: BatchRows
+) -> dict[str, Mixture]:
+    """By name, the blocks of `module` whose experts are among `sites`."""
+    names = {site.mixture for site in sites.values() if site.mixture is not None}
+    return {name: Mixture(name, module.get_submodule(name), rows) for name in names}
+
+
+def _joined(
+    parts: list[torch.Tensor], order: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The outputs of parts of the tokens, in the order of the batch."""
+    has_axes_of_x = parts[0].dim() == x.dim()
+    axis = parts[0].dim() - 2
+    whole = torch.cat(parts, axis).index_select(axis, order)
+    return whole.reshape(*x.shape[:-1], -1) if has_axes_of_x else whole
