@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the tokens before had: in training, in a cache, and in an engine."""
 
+import importlib
+import re
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -9,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_model import HIDDEN, LAYERS, TinyModel
+from tiny_model import HEADS, HIDDEN, LAYERS, VOCAB, TinyModel
 from torch import nn
 
 from vllm import LLM, ModelRegistry
+from vllm.model_executor.layers import TrainableFlashAttention
 from vllm.model_executor.layers.previous_tokens import PreviousTokens
 from vllm.model_executor.layers.previous_tokens.cached import (
     CachedPreviousTokens,
@@ -186,6 +190,14 @@ class CalledTwice(TinyModel):
         return x + self.previous(x)[:, 0] + self.previous(2 * x)[:, 0]
 
 
+def randomize(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
 PROMPTS = [
     [1, 2, 3],
     [(7 * i * i + 3) % 120 for i in range(70)],
@@ -204,11 +216,7 @@ def test_served_as_trained(
     model_dir: Path,
     options: dict,
 ) -> None:
-    model = SmearAndConvolutions()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
+    model = randomize(SmearAndConvolutions())
     save_file(model.state_dict(), model_dir / "model.safetensors")
     ModelRegistry.register_model("TinyModel", lambda c, p: SmearAndConvolutions())
     # Chunks of 16 tokens; five requests do not fit at once, and some are preempted.
@@ -240,3 +248,53 @@ def test_one_layer_is_called_once(start: Callable[..., LLM], model_dir: Path) ->
     ModelRegistry.register_model("TinyModel", lambda config, context: CalledTwice())
     with pytest.raises(ValueError, match="'previous.cached' is called 2 times in one"):
         start()
+
+
+class TrainedConvolution(nn.Module):
+    """What a trainer has in the place of vLLM's ShortConv, with the same names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, width, groups=HIDDEN, bias=False)
+        self.in_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.out_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before, after, x = self.in_proj(x).chunk(3, dim=-1)  # [tokens, channels]
+        padded = F.pad((before * x).T, (self.conv.kernel_size[0] - 1, 0))
+        return self.out_proj(after * self.conv(padded).T)
+
+
+class TrainedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.conv = TrainedConvolution(width=4)
+        self.attention = TrainableFlashAttention(HIDDEN, HEADS, rope_theta=10000.0)
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        x = x + self.conv(x)
+        return self.lm_head(x + self.attention(x))
+
+
+@pytest.mark.engine
+def test_vllms_own_layer_with_a_state_in_a_factory(
+    start: Callable[..., LLM], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of docs/models/state.md."""
+    page = Path(__file__).parents[3] / "docs/models/state.md"
+    (code,) = re.findall(
+        r'^```python title="short_conv.py"\n(.*?)^```', page.read_text(), re.M | re.S
+    )
+    (model_dir / "short_conv.py").write_text(code)
+    monkeypatch.syspath_prepend(model_dir)
+    reference = randomize(TrainedModel())
+    save_file(reference.state_dict(), model_dir / "model.safetensors")
+    build = importlib.import_module("short_conv").build
+    ModelRegistry.register_model("TinyModel", build)
+    llm = start(max_logprobs=-1, max_num_batched_tokens=128, max_num_seqs=3)
+    for _ in range(2):
+        report = validate(llm, reference, PROMPTS, max_tokens=16)
+        assert report.exit_code == 0
