@@ -161,19 +161,20 @@ def test_faults_are_found(
                 vars(part).update(values)
 
         # The own code of a module that is called otherwise.
-        def full(module: Any, ids: torch.Tensor, offset: int = 0) -> torch.Tensor:
-            return module.lm_head(module(ids, torch.arange(len(ids)) + offset))
+        def full(ids: torch.Tensor, offset: int = 0) -> torch.Tensor:
+            positions = torch.arange(len(ids)) + offset
+            return model.module.lm_head(model.module(ids, positions))
 
         model.full_forward = full
         self_check(worker)
-        model.full_forward = lambda module, ids: full(module, ids, offset=2)
+        model.full_forward = lambda ids: full(ids, offset=2)
         with pytest.raises(RuntimeError, match="would answer wrongly"):
             self_check(worker)
         monkeypatch.setattr(check.envs, "VLLM_MODEL_SELF_CHECK", False, raising=False)
         self_check(worker)
         monkeypatch.undo()
 
-        def fails(module: Any, ids: torch.Tensor) -> torch.Tensor:
+        def fails(ids: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("needs an engine")
 
         model.full_forward = fails

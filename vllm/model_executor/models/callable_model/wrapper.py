@@ -86,9 +86,9 @@ class CallableModelWrapper(nn.Module):
     lora_manager: HookedLoRAManager | None = None
     adapter_sites: dict[str, Site] | None = None
 
-    # The module's own code, called as `full_forward(module, ids [tokens])`, which
-    # returns logits [tokens, vocab]; None if vLLM calls the module as a trainer does.
-    full_forward: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    # Logits `[tokens, vocab]` of one sequence `[tokens]` by the module's own code,
+    # where that is not what an engine runs.
+    full_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

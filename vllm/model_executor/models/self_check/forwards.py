@@ -117,7 +117,7 @@ class Forwards:
                 self._around(around),
             ):
                 if self.model.full_forward is not None:
-                    logits = self.model.full_forward(self.model.module, ids)
+                    logits = self.model.full_forward(ids)
                     logprobs.append(_log_softmax(logits[compared]))
                     continue
                 positions = torch.arange(len(ids), device=self._device)
