@@ -11,8 +11,14 @@ def test_vllm_knows_our_variables(monkeypatch):
         if name.startswith("VLLM_") and name not in envs.environment_variables:
             monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_MODEL_FACTORY_TIMEOUT_S", "7")
+    monkeypatch.setenv("VLLM_MODEL_SELF_CHECK", "0")
     monkeypatch.setenv("VLLM_TRAINING_ATTENTION_BACKWARD", "aten")
     current_platform.validate_environ(hard_fail=True)
     assert envs.VLLM_MODEL_FACTORY_TIMEOUT_S == 7
-    hidden = {"VLLM_MODEL_FACTORY_TIMEOUT_S", "VLLM_TRAINING_ATTENTION_BACKWARD"}
+    assert not envs.VLLM_MODEL_SELF_CHECK
+    hidden = {
+        "VLLM_MODEL_FACTORY_TIMEOUT_S",
+        "VLLM_MODEL_SELF_CHECK",
+        "VLLM_TRAINING_ATTENTION_BACKWARD",
+    }
     assert not hidden & envs.compile_factors().keys()

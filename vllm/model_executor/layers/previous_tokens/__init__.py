@@ -2,6 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The values of earlier tokens, for layers beside attention that read them."""
 
-from .layer import PreviousTokens
+from vllm.model_executor.layers.previous_tokens.layer import PreviousTokens
 
 __all__ = ["PreviousTokens"]

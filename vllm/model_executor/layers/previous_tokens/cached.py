@@ -9,7 +9,7 @@ from its first token to its last, and gets anew when it is preempted and read ag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.trainable_attention.paged import free_name
 from vllm.utils.math_utils import round_up
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
@@ -213,9 +214,6 @@ def build_cached(
             "PreviousTokens cannot take tokens back, as speculative decoding does. "
             "Start without speculative_config."
         )
-    # late: trainable_attention's package needs this module's for nothing else
-    from vllm.model_executor.layers.trainable_attention.paged import free_name
-
     layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
     if not prefix:
         built = sum(
@@ -227,8 +225,8 @@ def build_cached(
             f"prefix {prefix!r} must contain exactly one integer and be no other "
             "layer's. Leave prefix out to have one made."
         )
-    dtype = dtype or vllm_config.model_config.dtype
-    assert isinstance(dtype, torch.dtype)
+    if dtype is None:
+        dtype = cast(torch.dtype, vllm_config.model_config.dtype)
     layers[prefix] = cached = CachedPreviousTokens(channels, tokens, dtype, prefix)
     splitting = vllm_config.compilation_config.splitting_ops
     if splitting is not None and OPERATOR not in splitting:

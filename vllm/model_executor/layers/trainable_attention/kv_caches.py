@@ -3,7 +3,7 @@
 """A KV cache for each call that a model's forward makes of an attention layer."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,7 +48,8 @@ def a_kv_cache_for_each_call(model: nn.Module, calls: AttentionCalls) -> Iterato
                 "its KV cache. Build a new module each time the factory is called."
             )
         calls.paths[engine_name] = name
-    for part in model.modules():
+    parts: Iterable[Any] = model.modules()
+    for part in parts:
         if hasattr(part, "steps_are_marked"):  # PreviousTokens has it, too
             part.steps_are_marked = True
     ours = {part for layer in layers.values() for part in layer.modules()}

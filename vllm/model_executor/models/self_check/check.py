@@ -126,7 +126,7 @@ class _Check:
         self._device = torch.device(self._config.device_config.device)
         self._groups = [group for group in runner.attn_groups if group]
         self._num_blocks = runner.kv_cache_config.num_blocks
-        self._layers = trainable_layers(model.module)
+        self._layers = trainable_layers(model)
         self._dtype = self._config.model_config.dtype
 
     def run(self) -> str | None:

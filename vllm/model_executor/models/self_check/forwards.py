@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,11 +84,8 @@ class Forwards:
             ids = ids.to(self._device, torch.int32)
             positions = positions_of(pieces).to(self._device)
             with batches.step(pieces), self._around(around):
-                output = self._through_stages(
-                    lambda received, ids=ids, positions=positions: self.model.forward(
-                        ids, positions, received
-                    )
-                )
+                call = partial(self.model.forward, ids, positions)
+                output = self._through_stages(call)
                 if not isinstance(output, torch.Tensor):
                     continue
                 start = 0
@@ -106,7 +104,7 @@ class Forwards:
 
     def own(self, around: Around | None = None) -> list[Logprobs]:
         """As `served`, by the module's own forward of whole prompts, outside a step."""
-        logprobs = []
+        logprobs: list[Logprobs] = []
         for prompt, compared in zip(self.prompts, self._compared, strict=True):
             ids = prompt.to(self._device)
             # A context, which vLLM's fused experts ask for, but no step of the engine.
@@ -116,21 +114,19 @@ class Forwards:
                 ),
                 self._around(around),
             ):
-                if self.model.full_forward is not None:
-                    logits = self.model.full_forward(ids)
-                    logprobs.append(_log_softmax(logits[compared]))
-                    continue
-                positions = torch.arange(len(ids), device=self._device)
-                output = self._through_stages(
-                    lambda received, ids=ids, positions=positions: (
-                        self.model.call_module(ids, positions, received)
-                    )
-                )
-                if isinstance(output, torch.Tensor):
-                    logprobs.append(self._logprobs(output[compared]))
-                else:
-                    logprobs.append(None)
+                logprobs.append(self._own_logprobs(ids, compared))
         return logprobs
+
+    def _own_logprobs(self, ids: torch.Tensor, compared: list[int]) -> Logprobs:
+        if self.model.full_forward is not None:
+            vocab_size = self._vllm_config.model_config.get_vocab_size()
+            return _log_softmax(self.model.full_forward(ids)[compared, :vocab_size])
+        positions = torch.arange(len(ids), device=self._device)
+        call = partial(self.model.call_module, ids, positions)
+        output = self._through_stages(call)
+        if isinstance(output, torch.Tensor):
+            return self._logprobs(output[compared])
+        return None
 
     def _around(self, around: Around | None) -> AbstractContextManager[Any]:
         return nullcontext() if around is None else around(self.model.module)

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from vllm.config import VllmConfig
@@ -113,10 +112,10 @@ def _split(
     for window, names in by_window.items():
         part = copy.copy(group)
         part.layer_names = names
-        spec = old.kv_cache_spec
+        spec: Any = group.kv_cache_spec
         if getattr(spec, "sliding_window", None) is not None:
-            spec = replace(spec, sliding_window=window)
-        device: torch.device = old.device
-        builder = type(old)(spec, names, vllm_config, device)
-        part.metadata_builders = [builder]
+            part.kv_cache_spec = replace(spec, sliding_window=window)
+        # The blocks stay as large as the model runner has made them.
+        block_size = old.kv_cache_spec.block_size
+        part.create_metadata_builders(vllm_config, old.device, block_size)
         yield part
