@@ -71,6 +71,7 @@ def wrap(monkeypatch):
         model_config = SimpleNamespace(
             get_vocab_size=lambda: VOCAB,
             get_hidden_size=lambda: HIDDEN,
+            max_model_len=64,
             dtype=dtype,
             enable_prompt_embeds=embeds,
             quantization="fp8" if quant_config else None,

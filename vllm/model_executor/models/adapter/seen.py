@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .call_forms import CallForm, tensor_of
+from .call_forms import CallForm, cannot_be_called, tensor_of
 from .calls import AttentionCall
-from .full_forward import cannot_be_called, own_forms
+from .full_forward import own_forms
 from .head import Head, find_head
 from .routing import Attend, HiddenStatesReached, Routing
 from .sites import PathHooks, Running, Site, run_as
 from .tables import Tables
-from .trial import TOKENS, Origin, SeenAttention, Trial, UnservableError
+from .trial import POSITIONS, TOKENS, Origin, SeenAttention, Trial, UnservableError
 
 # Numbers of tokens that hardly any axis of a parameter has.
 LENGTHS = (59, 53, 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7, 5)
@@ -75,7 +75,7 @@ def see(
 
     Raises:
         UnservableError: It does something that vLLM cannot serve.
-        TypeError: It could not be called in any way.
+        CannotBeCalledError: It could not be called in any way.
 
     """
     tables = Tables(module)
@@ -162,7 +162,7 @@ def _run(
     input_ids = token_ids(tokens, vocab_size, device)
     positions = torch.arange(tokens, device=device)
     with run_as(forward), trial:
-        trial.mark_tokens(input_ids)
+        trial.mark(input_ids, positions)
         output = form(module, input_ids, positions)
     result = tensor_of(output)
     shape = list(result.shape)
@@ -245,7 +245,7 @@ def _origins_of_both(runs: list[_Run]) -> dict[Site, Origin]:
     """The origins that the result depends on."""
     found = []
     for run in runs:
-        sites = run.trial.origins_of(run.result) - {TOKENS}
+        sites = run.trial.origins_of(run.result) - {TOKENS, POSITIONS}
         found.append({site: run.trial.origins[site] for site in sites})
     first, second = found
     for site in (*first, *second):

@@ -18,8 +18,8 @@ from .masks import UnknownMaskError, window_of
 from .sites import Running, Site, line_of_model
 from .tables import Tables, sliced_axis
 
-# The origin of all that is computed from tokens.
-TOKENS = "tokens"
+# The origins of all that is computed from tokens, and from the positions beside them.
+TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)
 
@@ -121,8 +121,10 @@ class Trial(TorchFunctionMode):
         self._origins_of = WeakIdKeyDictionary()
         self._selected = WeakIdKeyDictionary()
 
-    def mark_tokens(self, input_ids: torch.Tensor) -> None:
+    def mark(self, input_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Tell what the arguments of the module's forward are."""
         self._origins_of[input_ids] = frozenset([TOKENS])
+        self._origins_of[positions] = frozenset([POSITIONS])
 
     def origins_of(self, tensor: torch.Tensor) -> frozenset[Any]:
         return self._origins_of.get(tensor, frozenset())
