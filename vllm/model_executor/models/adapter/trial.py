@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .calls import OTHERS, READERS, AttentionCall, name_of_function
+from .calls import OTHERS, READERS, AttentionCall, attend_to_self, name_of_function
 from .masks import UnknownMaskError, window_of
 from .sites import Running, Site, line_of_model
 from .tables import Tables, sliced_axis
@@ -221,9 +221,7 @@ class Trial(TorchFunctionMode):
     def _attend(self, func: Any, call: AttentionCall) -> Any:
         site = self._at(name_of_function(func))
         self.attention[site] = self._seen(site, call)
-        # Each token attends to itself: [batch, heads, tokens, value_dim].
-        repeats = call.query.shape[1] // call.value.shape[1]
-        out = call.value.repeat_interleave(repeats, dim=1)
+        out = attend_to_self(call)
         tensors = (call.query, call.key, call.value)
         self._origins_of[out] = frozenset().union(*map(self.origins_of, tensors))
         result = call.result(out)
