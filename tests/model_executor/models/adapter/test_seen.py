@@ -102,7 +102,7 @@ class CountsTwice(Model):
     """Makes its rotation of an arange, and a mask of another that matters not."""
 
     def rotation(self, length):
-        torch.arange(length)[:, None] >= torch.arange(length)
+        self.mask = torch.arange(length)[:, None] >= torch.arange(length)
         angles = (1.0 + torch.arange(length).float())[:, None] * torch.ones(8) / 10
         return torch.polar(torch.ones_like(angles), angles)
 

@@ -279,7 +279,8 @@ def _check_tokens_are_apart(
     alone = run.result if head is None else head.hidden_states
     alone = alone.flatten(0, -2)  # [tokens, width]
     # Some of the same tokens with their positions, in another order.
-    order = torch.arange(fewer, device=device) * 17 % tokens
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(tokens, generator=generator, device="cpu")[:fewer].to(device)
     ids = token_ids(tokens, run.trial.vocab_size, device)[order]
     attention = dict.fromkeys(seen.attention, attend_to_self)
     routed = run_routed(module, seen, attention, tables, ids, order)
