@@ -65,6 +65,14 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
             # A traced DTensor keeps the number of tokens of the first call, and
             # vLLM has dropped the guards that would notice another number.
             traceable = not _has_wrapped_tensors(self.module)
+            if getattr(self, "adapted", None) is not None:
+                # The module's calls are routed by a mode and by hooks that count them,
+                # which no trace has been proven to keep.
+                logger.info(
+                    "%s runs without torch.compile, because its calls are routed.",
+                    type(self.module).__name__,
+                )
+                traceable = False
             self.do_not_compile = not true_on_all_ranks(traceable)
 
     def call_or_fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:

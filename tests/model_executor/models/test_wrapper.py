@@ -71,6 +71,7 @@ def wrap(monkeypatch):
         model_config = SimpleNamespace(
             get_vocab_size=lambda: VOCAB,
             get_hidden_size=lambda: HIDDEN,
+            max_model_len=64,
             dtype=dtype,
             enable_prompt_embeds=embeds,
             quantization="fp8" if quant_config else None,
@@ -259,19 +260,19 @@ def test_a_pooling_model_needs_no_vocabulary():
 # ---- The first call ----------------------------------------------------------------
 
 
-class Batched(Model):
-    def forward(self, input_ids, targets):
-        batch, length = input_ids.shape
+class Unpacks(Model):
+    def forward(self, input_ids, positions):
+        batch, length, width = input_ids.shape
         return self.embedding(input_ids)
 
 
 def test_how_a_module_was_called_is_said(wrap):
-    model = wrap(Batched)
+    model = wrap(Unpacks)
     with pytest.raises(ValueError, match="not enough values to unpack") as error:
         model.process_weights_after_loading()
     (note,) = error.value.__notes__
     assert note == (
-        "Batched was tried as forward(input_ids [3], positions [3]): vLLM calls "
+        "Unpacks was tried as forward(input_ids [3], positions [3]): vLLM calls "
         "forward(self, input_ids, positions) -> hidden states [tokens, hidden], with "
         "the tokens of all sequences on one axis, without a batch axis."
     )

@@ -4,9 +4,9 @@
 
 A module that was written for training is tried once on a few tokens, before it loads
 its weights. What its forward does is seen: `seen` tells it, from a `trial`. In an
-engine step `routing` then takes its attention calls to the paged cache, and gives it vLLM's
-positions where it counts its tokens. No attribute of PyTorch, of a library or of the
-module's code is replaced.
+engine step `routing` then takes its attention calls to vLLM's paged cache, and gives it
+vLLM's positions where it counts its tokens. No attribute of PyTorch, of a library or of
+the module's code is replaced.
 """
 
 from .adapter import Adapter

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .adapter import Adapter
+from .call_forms import CannotBeCalledError, is_written_for_vllm
 from .full_forward import full_forward
 from .layers import SiteAttention
 from .seen import Seen, run_routed, see
@@ -92,13 +93,22 @@ class AdaptedModel:
 
 
 def adapt(
-    module: nn.Module, adapter: Adapter | None, vllm_config: VllmConfig
+    module: nn.Module,
+    adapter: Adapter | None,
+    vllm_config: VllmConfig,
+    attention_free: bool = False,
 ) -> AdaptedModel | None:
     """`module` with a way to serve it; None if it was written for vLLM.
 
+    Args:
+        module: What the factory built, on its device.
+        adapter: What the user has said.
+        vllm_config: The engine's config.
+        attention_free: Whether the model was declared so.
+
     Raises:
         UnservableError: It does something that vLLM cannot serve.
-        TypeError: It could not be called.
+        CannotBeCalledError: It could not be called.
 
     """
     if adapter is None and any(
@@ -120,10 +130,20 @@ def adapt(
                 model_config.max_model_len,
                 cast(torch.device, vllm_config.device_config.device),
             )
-    except (UnservableError, TypeError) as error:
+    except CannotBeCalledError:
+        if adapter is None and is_written_for_vllm(module):
+            return None  # the wrapper calls it so, and says what is wrong with it
+        raise
+    except UnservableError as error:
         raise type(error)(f"{type(module).__name__}: {error}") from error.__cause__
     finally:
         module.train(training)
+    if attention_free and seen.attention:
+        site, call = next(iter(seen.attention.items()))
+        raise UnservableError(
+            f"{type(module).__name__} is declared is_attention_free, but calls {site}, "
+            f"at {call.line}. Register it without is_attention_free."
+        )
     if adapter is None and not seen.attention and not seen.form.batched:
         return None  # vLLM's own form, without attention
     return AdaptedModel(module, seen, adapter or Adapter(), vllm_config)

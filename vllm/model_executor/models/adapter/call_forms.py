@@ -20,6 +20,10 @@ LABELS = ("targets", "labels", "target")
 RESULTS = ("logits", "last_hidden_state", "hidden_states")
 
 
+class CannotBeCalledError(TypeError):
+    """Every way of calling a module failed; the message has them all."""
+
+
 @dataclass(frozen=True)
 class CallForm:
     """One way to call a module's forward with the tokens of a step.
@@ -27,6 +31,7 @@ class CallForm:
     Args:
         batched: Whether tokens are `[1, tokens]`, and not `[tokens]`.
         positions: The argument that takes positions; None if it has none.
+        labels: The argument that takes labels, given the tokens themselves.
         constants: Further arguments, by name.
         function: Calls the module in its place, as `Adapter.forward`.
 
@@ -34,6 +39,7 @@ class CallForm:
 
     batched: bool
     positions: str | None = None
+    labels: str | None = None
     constants: tuple[tuple[str, Any], ...] = ()
     function: Callable[..., Any] | None = None
 
@@ -48,6 +54,8 @@ class CallForm:
         keywords = dict(self.constants)
         if self.positions is not None:
             keywords[self.positions] = positions
+        if self.labels is not None:
+            keywords[self.labels] = input_ids
         return module(input_ids, **keywords)
 
     def __str__(self) -> str:
@@ -57,6 +65,8 @@ class CallForm:
         arguments = [f"ids {shape}"]
         if self.positions is not None:
             arguments.append(f"{self.positions}={shape}")
+        if self.labels is not None:
+            arguments.append(f"{self.labels}=ids")
         arguments += [f"{name}={value}" for name, value in self.constants]
         return f"forward({', '.join(arguments)})"
 
@@ -74,16 +84,45 @@ def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[Call
     if positions is None:
         positions = next((name for name in POSITIONS if name in names), None)
     constants = (("use_cache", False),) if "use_cache" in names else ()
-    batched = CallForm(True, positions, constants)
-    flat = CallForm(False, positions, constants)
+    labels = labels_of(module)
+    if labels is not None and parameters[labels].default is not inspect.Parameter.empty:
+        labels = None
+    batched = CallForm(True, positions, labels, constants)
+    flat = CallForm(False, positions, labels, constants)
     if positions is None:
         yield from (batched, flat)
-    elif parameters[positions].default is inspect.Parameter.empty:
+    elif is_written_for_vllm(module):
         # As vLLM calls it: the author may have thought of vLLM.
         yield from (flat, batched)
     else:
         # Some take positions only beside a KV cache of their own (litgpt).
-        yield from (batched, CallForm(True, None, constants), flat)
+        yield from (batched, CallForm(True, None, labels, constants), flat)
+
+
+def is_written_for_vllm(module: nn.Module) -> bool:
+    """Whether forward wants positions as vLLM gives them, right after the tokens."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return (
+        len(parameters) > 1
+        and parameters[1].name in POSITIONS
+        and parameters[1].default is inspect.Parameter.empty
+    )
+
+
+def cannot_be_called(
+    module: nn.Module, failures: list[tuple[CallForm, Exception]]
+) -> CannotBeCalledError:
+    """What to raise when every way of calling `module` failed."""
+    tried = "; ".join(
+        f"{form}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        for form, error in failures
+    )
+    return CannotBeCalledError(
+        f"{type(module).__name__}.forward{inspect.signature(module.forward)} could not "
+        f"be called with tokens. Tried: {tried}. Say how it is called by "
+        "register_model(..., adapter=Adapter(forward=function)) with "
+        "function(module, input_ids, positions), both [1, tokens]."
+    )
 
 
 def labels_of(module: nn.Module) -> str | None:

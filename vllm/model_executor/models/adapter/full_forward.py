@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .call_forms import CallForm, call_forms, labels_of, tensor_of
+from .call_forms import CallForm, call_forms, cannot_be_called, labels_of, tensor_of
 from .transformers_attention import own_attention
 
 
@@ -39,7 +38,7 @@ def full_forward(
         `[tokens, vocab]`
 
     Raises:
-        TypeError: It could not be called.
+        CannotBeCalledError: It could not be called.
 
     """
     training = module.training
@@ -82,9 +81,7 @@ def _of_all_tokens(
         return result
     labels = labels_of(module)
     if labels is not None and form.function is None:
-        ids = input_ids[None] if form.batched else input_ids
-        form = replace(form, constants=(*form.constants, (labels, ids)))
-        return _call(module, input_ids, form)
+        return _call(module, input_ids, replace(form, labels=labels))
     parts = [_call(module, input_ids[: i + 1], form) for i in range(tokens)]
     return torch.cat([part[-1:] for part in parts])
 
@@ -92,19 +89,3 @@ def _of_all_tokens(
 def _call(module: nn.Module, input_ids: torch.Tensor, form: CallForm) -> torch.Tensor:
     positions = torch.arange(len(input_ids), device=input_ids.device)
     return tensor_of(form(module, input_ids, positions)).flatten(0, -2)
-
-
-def cannot_be_called(
-    module: nn.Module, failures: list[tuple[CallForm, Exception]]
-) -> TypeError:
-    """What to raise when every way of calling `module` failed."""
-    tried = "; ".join(
-        f"{form}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        for form, error in failures
-    )
-    return TypeError(
-        f"{type(module).__name__}.forward{inspect.signature(module.forward)} could not "
-        f"be called. Tried: {tried}. Say how it is called by register_model(..., "
-        "adapter=Adapter(forward=function)) with function(module, input_ids, "
-        "positions), both [1, tokens]."
-    )

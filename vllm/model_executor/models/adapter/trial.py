@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .calls import OTHERS, READERS, AttentionCall, name_of_function
+from .calls import OTHERS, READERS, AttentionCall, attend_to_self, name_of_function
 from .masks import UnknownMaskError, window_of
 from .sites import Running, Site, line_of_model
 from .tables import Tables, sliced_axis
 
-# The origin of all that is computed from tokens.
-TOKENS = "tokens"
+# The origins of all that is computed from tokens, and from the positions beside them.
+TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)
 
@@ -121,8 +121,10 @@ class Trial(TorchFunctionMode):
         self._origins_of = WeakIdKeyDictionary()
         self._selected = WeakIdKeyDictionary()
 
-    def mark_tokens(self, input_ids: torch.Tensor) -> None:
+    def mark(self, input_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Tell what the arguments of the module's forward are."""
         self._origins_of[input_ids] = frozenset([TOKENS])
+        self._origins_of[positions] = frozenset([POSITIONS])
 
     def origins_of(self, tensor: torch.Tensor) -> frozenset[Any]:
         return self._origins_of.get(tensor, frozenset())
@@ -219,9 +221,7 @@ class Trial(TorchFunctionMode):
     def _attend(self, func: Any, call: AttentionCall) -> Any:
         site = self._at(name_of_function(func))
         self.attention[site] = self._seen(site, call)
-        # Each token attends to itself: [batch, heads, tokens, value_dim].
-        repeats = call.query.shape[1] // call.value.shape[1]
-        out = call.value.repeat_interleave(repeats, dim=1)
+        out = attend_to_self(call)
         tensors = (call.query, call.key, call.value)
         self._origins_of[out] = frozenset().union(*map(self.origins_of, tensors))
         result = call.result(out)

@@ -40,7 +40,6 @@ from .wrapper import CallableModelWrapper, pooler_of
 
 # Capabilities of models whose modules know vLLM, so that they are not tried.
 WITHOUT_ADAPTER = (
-    "is_attention_free",
     "has_inner_state",
     "is_hybrid",
     "is_pooling_model",
@@ -92,7 +91,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         model_cls = self.load_model_cls()
         if any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER):
             return None
-        return adapt(module, self.adapter, vllm_config)
+        attention_free = getattr(model_cls, "is_attention_free", False)
+        return adapt(module, self.adapter, vllm_config, attention_free)
 
     @property
     def is_pooling_model(self) -> bool:

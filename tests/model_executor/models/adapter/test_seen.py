@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Modules as people write them, and what is seen of them in a trial."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from cached_steps import VOCAB, assert_serves, look
+from plain_gpt import PlainConfig, PlainGPT
+from torch import nn
+
+from vllm.model_executor.models.adapter import Adapter
+from vllm.model_executor.models.adapter.call_forms import CannotBeCalledError
+from vllm.model_executor.models.adapter.trial import UnservableError
+
+WIDTH, HEADS, LENGTH = 32, 2, 128
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    head_dim=16,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+class Layer(nn.Module):
+    """Rotary attention, of one head for keys and values that is repeated."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 2 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, rotation):
+        q, k, v = self.qkv(F.rms_norm(x, (WIDTH,))).split((WIDTH, 16, 16), dim=-1)
+        q, k, v = (y.unflatten(-1, (-1, 16)).transpose(1, 2) for y in (q, k, v))
+        q, k = self.turn(q, rotation), self.turn(k, rotation)
+        k, v = (y.repeat_interleave(HEADS, dim=1) for y in (k, v))
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(-2))
+
+    def turn(self, x, rotation):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * rotation).flatten(-2)
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Experts(nn.Module):
+    """Counts its experts with an arange of their own number, as often as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 4)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        chosen = self.gate(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for index, expert in zip(torch.arange(4), self.experts, strict=True):
+            rows = chosen == index
+            out[rows] = expert(x[rows])
+        return x + out
+
+
+class Model(nn.Module):
+    layer = Layer
+    times = 1
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList([self.layer(), self.layer()])
+        self.experts = Experts()
+        self.head = nn.Linear(WIDTH, VOCAB)
+        angles = torch.outer(torch.arange(LENGTH), 0.1 ** torch.linspace(0, 1, 8))
+        table = torch.polar(torch.ones_like(angles), angles)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in [*self.layers] * self.times:
+            x = self.experts(layer(x, self.rotation(tokens.shape[1])))
+        return {"logits": 5 * torch.tanh(self.head(x) / 5)}
+
+    def rotation(self, length):
+        return self.table[:length]
+
+
+class Looped(Model):
+    times = 2
+
+
+class CountsTwice(Model):
+    """Makes its rotation of an arange, and a mask of another that matters not."""
+
+    def rotation(self, length):
+        self.mask = torch.arange(length)[:, None] >= torch.arange(length)
+        angles = (1.0 + torch.arange(length).float())[:, None] * torch.ones(8) / 10
+        return torch.polar(torch.ones_like(angles), angles)
+
+
+def with_attend(function, model=Model):
+    """`model` with another attention call in its layers."""
+    layer = type("Other", (Layer,), {"attend": lambda self, q, k, v: function(q, k, v)})
+    return type("Other", (model,), {"layer": layer})()
+
+
+def window(q, k, v):
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril().triu(-6)
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=0.3)
+
+
+def additive(q, k, v):
+    mask = torch.full((q.shape[2], k.shape[2]), float("-inf")).triu(1)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize(
+    "build, calls",
+    [
+        (lambda: PlainGPT(PlainConfig(vocab_size=VOCAB)), 2),
+        (Model, 2),
+        (Looped, 4),
+        (CountsTwice, 2),
+        (lambda: with_attend(window), 2),
+        (lambda: with_attend(additive, Looped), 4),
+    ],
+    ids=["positions-and-last-only", "table", "looped", "arange", "window", "additive"],
+)
+def test_plain_modules(build, calls):
+    seen = assert_serves(build())
+    assert len(seen.attention) == calls
+    assert seen.head is not None
+    assert len(seen.origins) > 0
+
+
+def test_what_a_call_asks_for():
+    (first, second) = look(with_attend(window)).attention.values()
+    assert first == second
+    assert (first.heads, first.kv_heads, first.repeats) == (2, 1, 2)
+    assert (first.window, first.scale, first.head_dim) == (7, 0.3, 16)
+
+
+@pytest.mark.parametrize(
+    "cls, config, extra",
+    [
+        ("LlamaForCausalLM", "LlamaConfig", {}),
+        ("Gemma2ForCausalLM", "Gemma2Config", {"sliding_window": 8}),
+        ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 4}),
+    ],
+)
+def test_transformers(cls, config, extra):
+    config = getattr(transformers, config)(**SMALL, **extra)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, cls)(config)
+    seen = assert_serves(model)
+    assert len(seen.attention) == 2
+    assert config._attn_implementation == "eager"  # a trainer's module may share it
+
+
+# ---- Refusals ----------------------------------------------------------------------
+
+
+def alibi(q, k, v):
+    place = torch.arange(q.shape[2])
+    bias = -(place[:, None] - place).abs() * 0.1
+    hidden = torch.full(bias.shape, float("-inf")).triu(1)
+    return F.scaled_dot_product_attention(q, k, v, bias + hidden)
+
+
+def prefix(q, k, v):
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    seen[:, :4] = True
+    return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+def chunks(q, k, v):
+    chunk = torch.arange(q.shape[2]) // 8
+    seen = (chunk[:, None] == chunk) & torch.ones(len(chunk), len(chunk)).tril().bool()
+    return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+def written_out(q, k, v):
+    scores = q @ k.transpose(-2, -1)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
+
+
+def pooled(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:, :, :-2], v[:, :, :-2])
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (alibi, "in 'layers.0' cannot be served: it adds a bias"),
+        (prefix, "shows later tokens to earlier ones"),
+        (chunks, "neither causal nor a sliding window"),
+        (F.scaled_dot_product_attention, "every token sees all tokens"),
+        (written_out, r"attention is written out at .*test_seen.py:\d+: return scores"),
+        (pooled, "attends from 59 queries to 57 keys"),
+    ],
+)
+def test_attention_that_is_refused(function, message):
+    with pytest.raises(UnservableError, match=message):
+        look(with_attend(function))
+
+
+class Shifts(Model):
+    """Mixes each token with the one before."""
+
+    def rotation(self, length):
+        return self.table[:length]
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = x + F.pad(x, (0, 0, 1, -1))
+        return self.head(self.layers[0](x, self.rotation(tokens.shape[1])))
+
+
+class Sums(Shifts):
+    """A running mean of tokens, without attention."""
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens).cumsum(1))
+
+
+class CountsBackwards(Model):
+    def rotation(self, length):
+        return self.table[:length].flip(0)
+
+
+class Sawtooth(Model):
+    def rotation(self, length):
+        return self.table[torch.linspace(0, length - 1, length).long()]
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (Shifts, "tokens depend on other tokens outside attention"),
+        (Sums, "tokens depend on other tokens outside attention"),
+        (CountsBackwards, "outside attention"),
+        (Sawtooth, r"by .*test_seen.py:\d+: return self.table\[torch.linspace"),
+    ],
+)
+def test_tokens_are_apart(build, message):
+    with pytest.raises(UnservableError, match=message):
+        look(build())
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Model()
+
+    def forward(self, batch, lengths):
+        assert batch.shape[0] == len(lengths)
+        return self.model(batch)
+
+
+def test_what_cannot_be_called_says_how_it_was():
+    with pytest.raises(CannotBeCalledError) as error:
+        look(Unknown())
+    message = str(error.value)
+    assert "Unknown.forward(batch, lengths) could not be called" in message
+    assert "forward(ids [1, tokens]): TypeError" in message
+    assert "adapter=Adapter(forward=function)" in message
+
+
+def call_unknown(module, ids, positions):
+    return module(ids, torch.tensor([ids.shape[1]]))
+
+
+def test_an_adapter_says_how():
+    assert_serves(Unknown(), Adapter(forward=call_unknown))
