@@ -213,3 +213,23 @@ def test_all_ranks_refuse_together(
             tensor_parallel_size=tensor,
             pipeline_parallel_size=pipeline,
         )
+
+
+@pytest.mark.engine
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sound_models_start_on_a_gpu(
+    start: Callable[..., LLM],
+    model_dir: Path,
+    dtype: str,
+) -> None:
+    """vLLM's other model runner, and attention kernels that round otherwise."""
+    save_file(randomize(Limited()).state_dict(), model_dir / "model.safetensors")
+    ModelRegistry.register_model("TinyModel", lambda config, context: Limited())
+    worker = worker_of(start(dtype=dtype))
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        run = check._Check(worker.get_model(), worker.model_runner)
+        assert run.run() is None
+        window_in_training_only(worker.get_model().module)
+        with pytest.raises(RuntimeError, match="'layers.0.attention'"):
+            run.run()
