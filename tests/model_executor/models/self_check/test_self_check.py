@@ -170,6 +170,22 @@ def test_faults_are_found(
         model.full_forward = lambda ids: full(ids, offset=2)
         with pytest.raises(RuntimeError, match="would answer wrongly"):
             self_check(worker)
+        # A window of its own code is met by a longer prompt.
+        window = model.module.layers[0].attention
+        assert check._Check(model, worker.model_runner)._longest() == 77
+        model.full_forward = full
+        self_check(worker)
+
+        def full_without_window(ids: torch.Tensor) -> torch.Tensor:
+            window.sliding_window = None
+            try:
+                return full(ids)
+            finally:
+                window.sliding_window = 64
+
+        model.full_forward = full_without_window
+        with pytest.raises(RuntimeError, match="'layers.0.attention'"):
+            self_check(worker)
         monkeypatch.setattr(check.envs, "VLLM_MODEL_SELF_CHECK", False, raising=False)
         self_check(worker)
         monkeypatch.undo()

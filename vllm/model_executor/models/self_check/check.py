@@ -24,7 +24,16 @@ from .first_difference import first_difference
 from .forwards import Around, Forwards, Logprobs
 from .limits import small_limits
 from .rounding import relative_error, rounded_otherwise
-from .schedule import OTHER_PROMPT, PROMPT, SHORTEST, Piece, steps_of, token_ids
+from .schedule import (
+    BEYOND,
+    LONG,
+    OTHER_PROMPT,
+    PROMPT,
+    SHORTEST,
+    Piece,
+    steps_of,
+    token_ids,
+)
 from .trace import engine_halves, largest_difference
 
 logger = init_logger(__name__)
@@ -137,7 +146,7 @@ class _Check:
 
         """
         scheduler = self._config.scheduler_config
-        longest = min(PROMPT, self._config.model_config.max_model_len)
+        longest = min(self._longest(), self._config.model_config.max_model_len)
         if longest < SHORTEST:
             return f"max_model_len is only {longest}"
         lengths = [longest, min(OTHER_PROMPT, longest)][: scheduler.max_num_seqs]
@@ -166,6 +175,20 @@ class _Check:
                     return None
             where = self._first_difference(forwards, batches)
         raise RuntimeError(self._message(difference, allowed, where))
+
+    def _longest(self) -> int:
+        """Tokens of the first prompt.
+
+        The windows of a model's own code cannot be made small, so that the prompt is
+        longer than they are, where a prompt of that length takes little time.
+        """
+        if self._model.full_forward is None:
+            return PROMPT
+        windows = [layer.sliding_window for layer in self._layers.values()]
+        config = self._config.model_config.hf_text_config
+        windows.append(getattr(config, "sliding_window", None))
+        short = [size for size in windows if isinstance(size, int) and size <= LONG]
+        return max([PROMPT, *(size + BEYOND for size in short)])
 
     @property
     def _floor(self) -> float:
