@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention.kv_caches import trainable_layers
 from vllm.model_executor.models.callable_model.wrapper import CallableModelWrapper
 from vllm.v1.engine.startup_failure import enter_stage
+from vllm.v1.worker.utils import AttentionGroup
 
 from .engine_batch import EngineBatches
 from .first_difference import first_difference
@@ -154,12 +155,9 @@ class _Check:
         # The code of a model that has a full forward of its own has its own limits.
         limited = [] if self._model.full_forward else list(self._layers.values())
         with small_limits(limited, self._groups, self._config, longest) as groups:
-            try:
-                batches = EngineBatches(
-                    self._config, groups, self._num_blocks, lengths, self._device
-                )
-            except ValueError as error:
-                return str(error)
+            batches, problem = self._batches(groups, lengths, steps)
+            if batches is None:
+                return problem
             self._without_adapters(sum(lengths))
             for attempt in range(ATTEMPTS):
                 forwards = self._forwards(lengths, steps, attempt)
@@ -175,6 +173,25 @@ class _Check:
                     return None
             where = self._first_difference(forwards, batches)
         raise RuntimeError(self._message(difference, allowed, where))
+
+    def _batches(
+        self,
+        groups: list[list[AttentionGroup]],
+        lengths: list[int],
+        steps: list[list[Piece]],
+    ) -> tuple[EngineBatches | None, str | None]:
+        """The engine's steps, or why they cannot be made here on some rank."""
+        batches = problem = None
+        try:
+            batches = EngineBatches(
+                self._config, groups, self._num_blocks, lengths, self._device
+            )
+            for pieces in steps:
+                batches.metadata(pieces)
+        except Exception as error:  # noqa: BLE001 - said on every rank, as the reason
+            problem = f"its steps cannot be made here: {type(error).__name__}: {error}"
+        problem = first_of_all_ranks(problem)
+        return (batches, None) if problem is None else (None, problem)
 
     def _longest(self) -> int:
         """Tokens of the first prompt.
