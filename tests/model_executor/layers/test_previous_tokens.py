@@ -23,7 +23,7 @@ from vllm.model_executor.layers.previous_tokens.cached import (
     CachedPreviousTokens,
     PreviousTokensMetadata,
 )
-from vllm.model_validation import validate
+from vllm.model_validation import Thresholds, validate
 from vllm.v1.attention.training.sequences import packed_sequences
 from vllm.v1.core.uncached_states import disable_prefix_caching_of_states
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -225,7 +225,7 @@ def test_served_as_trained(
         max_num_batched_tokens=16,
         max_num_seqs=5,
         block_size=32,
-        num_gpu_blocks_override=18,
+        num_gpu_blocks_override=14,
         disable_log_stats=False,
         **options,
     )
@@ -249,6 +249,24 @@ def test_one_layer_is_called_once(start: Callable[..., LLM], model_dir: Path) ->
     ModelRegistry.register_model("TinyModel", lambda config, context: CalledTwice())
     with pytest.raises(ValueError, match="'previous.cached' is called 2 times in one"):
         start()
+
+
+@pytest.mark.engine
+@pytest.mark.gpu
+def test_served_in_cuda_graphs(start: Callable[..., LLM], model_dir: Path) -> None:
+    """Graphs of decode steps look back in the same buffers."""
+    model = randomize(SmearAndConvolutions()).to(torch.bfloat16)
+    save_file(model.state_dict(), model_dir / "model.safetensors")
+    ModelRegistry.register_model("TinyModel", lambda c, p: SmearAndConvolutions())
+    llm = start(max_logprobs=-1, dtype="bfloat16", enforce_eager=False)
+
+    def reference(ids: torch.Tensor) -> torch.Tensor:
+        hidden_states = model.cpu()(ids.cpu(), torch.arange(len(ids), device="cpu"))
+        return model.lm_head(hidden_states)
+
+    thresholds = Thresholds(0.9, 0.5, 0.05, 0.1)
+    report = validate(llm, reference, PROMPTS, max_tokens=24, thresholds=thresholds)
+    assert report.exit_code == 0
 
 
 class TrainedConvolution(nn.Module):

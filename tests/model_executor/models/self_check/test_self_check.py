@@ -170,6 +170,22 @@ def test_faults_are_found(
         model.full_forward = lambda ids: full(ids, offset=2)
         with pytest.raises(RuntimeError, match="would answer wrongly"):
             self_check(worker)
+        # A window of its own code is met by a longer prompt.
+        window = model.module.layers[0].attention
+        assert check._Check(model, worker.model_runner)._longest() == 77
+        model.full_forward = full
+        self_check(worker)
+
+        def full_without_window(ids: torch.Tensor) -> torch.Tensor:
+            window.sliding_window = None
+            try:
+                return full(ids)
+            finally:
+                window.sliding_window = 64
+
+        model.full_forward = full_without_window
+        with pytest.raises(RuntimeError, match="'layers.0.attention'"):
+            self_check(worker)
         monkeypatch.setattr(check.envs, "VLLM_MODEL_SELF_CHECK", False, raising=False)
         self_check(worker)
         monkeypatch.undo()
@@ -213,3 +229,23 @@ def test_all_ranks_refuse_together(
             tensor_parallel_size=tensor,
             pipeline_parallel_size=pipeline,
         )
+
+
+@pytest.mark.engine
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sound_models_start_on_a_gpu(
+    start: Callable[..., LLM],
+    model_dir: Path,
+    dtype: str,
+) -> None:
+    """vLLM's other model runner, and attention kernels that round otherwise."""
+    save_file(randomize(Limited()).state_dict(), model_dir / "model.safetensors")
+    ModelRegistry.register_model("TinyModel", lambda config, context: Limited())
+    worker = worker_of(start(dtype=dtype))
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        run = check._Check(worker.get_model(), worker.model_runner)
+        assert run.run() is None
+        window_in_training_only(worker.get_model().module)
+        with pytest.raises(RuntimeError, match="'layers.0.attention'"):
+            run.run()

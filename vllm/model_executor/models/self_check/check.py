@@ -18,13 +18,23 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention.kv_caches import trainable_layers
 from vllm.model_executor.models.callable_model.wrapper import CallableModelWrapper
 from vllm.v1.engine.startup_failure import enter_stage
+from vllm.v1.worker.utils import AttentionGroup
 
 from .engine_batch import EngineBatches
 from .first_difference import first_difference
 from .forwards import Around, Forwards, Logprobs
 from .limits import small_limits
 from .rounding import relative_error, rounded_otherwise
-from .schedule import OTHER_PROMPT, PROMPT, SHORTEST, Piece, steps_of, token_ids
+from .schedule import (
+    BEYOND,
+    LONG,
+    OTHER_PROMPT,
+    PROMPT,
+    SHORTEST,
+    Piece,
+    steps_of,
+    token_ids,
+)
 from .trace import engine_halves, largest_difference
 
 logger = init_logger(__name__)
@@ -137,7 +147,7 @@ class _Check:
 
         """
         scheduler = self._config.scheduler_config
-        longest = min(PROMPT, self._config.model_config.max_model_len)
+        longest = min(self._longest(), self._config.model_config.max_model_len)
         if longest < SHORTEST:
             return f"max_model_len is only {longest}"
         lengths = [longest, min(OTHER_PROMPT, longest)][: scheduler.max_num_seqs]
@@ -145,12 +155,9 @@ class _Check:
         # The code of a model that has a full forward of its own has its own limits.
         limited = [] if self._model.full_forward else list(self._layers.values())
         with small_limits(limited, self._groups, self._config, longest) as groups:
-            try:
-                batches = EngineBatches(
-                    self._config, groups, self._num_blocks, lengths, self._device
-                )
-            except ValueError as error:
-                return str(error)
+            batches, problem = self._batches(groups, lengths, steps)
+            if batches is None:
+                return problem
             self._without_adapters(sum(lengths))
             for attempt in range(ATTEMPTS):
                 forwards = self._forwards(lengths, steps, attempt)
@@ -166,6 +173,39 @@ class _Check:
                     return None
             where = self._first_difference(forwards, batches)
         raise RuntimeError(self._message(difference, allowed, where))
+
+    def _batches(
+        self,
+        groups: list[list[AttentionGroup]],
+        lengths: list[int],
+        steps: list[list[Piece]],
+    ) -> tuple[EngineBatches | None, str | None]:
+        """The engine's steps, or why they cannot be made here on some rank."""
+        batches = problem = None
+        try:
+            batches = EngineBatches(
+                self._config, groups, self._num_blocks, lengths, self._device
+            )
+            for pieces in steps:
+                batches.metadata(pieces)
+        except Exception as error:  # noqa: BLE001 - said on every rank, as the reason
+            problem = f"its steps cannot be made here: {type(error).__name__}: {error}"
+        problem = first_of_all_ranks(problem)
+        return (batches, None) if problem is None else (None, problem)
+
+    def _longest(self) -> int:
+        """Tokens of the first prompt.
+
+        The windows of a model's own code cannot be made small, so that the prompt is
+        longer than they are, where a prompt of that length takes little time.
+        """
+        if self._model.full_forward is None:
+            return PROMPT
+        windows = [layer.sliding_window for layer in self._layers.values()]
+        config = self._config.model_config.hf_text_config
+        windows.append(getattr(config, "sliding_window", None))
+        short = [size for size in windows if isinstance(size, int) and size <= LONG]
+        return max([PROMPT, *(size + BEYOND for size in short)])
 
     @property
     def _floor(self) -> float:

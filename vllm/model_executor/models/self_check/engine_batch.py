@@ -85,14 +85,7 @@ class EngineBatches:
     @contextmanager
     def step(self, pieces: list[Piece]) -> Iterator[None]:
         """The forward inside is an engine's, of `pieces` one after the other."""
-        metadata: dict[str, Any] = {}
-        slots: dict[str, torch.Tensor] = {}
-        for group, table in zip(self._groups, self._tables, strict=True):
-            common = self._common(pieces, table, _block_size(group[0]))
-            for part in group:
-                built = _build(part, common)
-                metadata |= dict.fromkeys(part.layer_names, built)
-                slots |= dict.fromkeys(part.layer_names, common.slot_mapping)
+        metadata, slots = self.metadata(pieces)
         with set_forward_context(
             metadata,
             self._vllm_config,
@@ -101,6 +94,20 @@ class EngineBatches:
             skip_compiled=True,
         ):
             yield
+
+    def metadata(
+        self, pieces: list[Piece]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Of each attention layer the metadata, and the slots of the cache."""
+        metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        for group, table in zip(self._groups, self._tables, strict=True):
+            common = self._common(pieces, table, _block_size(group[0]))
+            for part in group:
+                built = _build(part, common)
+                metadata |= dict.fromkeys(part.layer_names, built)
+                slots |= dict.fromkeys(part.layer_names, common.slot_mapping)
+        return metadata, slots
 
     def _common(
         self, pieces: list[Piece], tables: torch.Tensor, block_size: int

@@ -44,7 +44,7 @@ def small_limits(
         for layer in layers:
             window, cap = layer.sliding_window, layer.logits_soft_cap
             if window is not None and window >= longest:
-                window = SMALL_WINDOW
+                window = min(SMALL_WINDOW, longest // 2)
             if cap is not None:
                 cap = min(cap, LOW_CAP)
             if (window, cap) != (layer.sliding_window, layer.logits_soft_cap):

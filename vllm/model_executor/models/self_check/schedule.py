@@ -13,6 +13,8 @@ import torch
 PROMPT, OTHER_PROMPT = 41, 23
 SHORTEST = 8
 DECODE_STEPS = 3
+# Windows that a prompt is made longer for, and by how much it is longer.
+LONG, BEYOND = 512, 13
 # At each end of a piece of a long prompt, the tokens whose logits are compared.
 COMPARED = 8
 
