@@ -132,8 +132,11 @@ def assert_gradients_close(case, found, expected, dtype) -> None:
             assert error <= limit * gradient.double().norm(), (case, name, float(error))
 
 
-def test_every_kind_of_layers(tmp_path, monkeypatch) -> None:
-    """Over 1, 2 and 4 ranks, and for a whole module of plain layers.
+@pytest.mark.parametrize(
+    "sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str
+)
+def test_every_kind_of_layers(sizes, tmp_path, monkeypatch) -> None:
+    """Over as many ranks, and for a whole module of plain layers.
 
     Megatron adds biases to what it has rounded, so that in bfloat16 its layers have
     bits of their own; these are the same in every layout, too.
@@ -142,7 +145,7 @@ def test_every_kind_of_layers(tmp_path, monkeypatch) -> None:
     weights = whole_model(torch.float32).state_dict()
     torch.save(weights, tmp_path / "weights.pt")
     layouts = {}
-    for size in (1, 2, 4):
+    for size in sizes:
         (tmp_path / str(size)).mkdir()
         run_ranks(run_kinds, tmp_path / str(size), size)
         layouts[size] = torch.load(tmp_path / f"tp{size}.pt", weights_only=True)

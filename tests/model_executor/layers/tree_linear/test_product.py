@@ -28,6 +28,7 @@ LEAVES = 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 # Rows, outputs and features: tiles with and without edges, and short leaves.
 SHAPES = [(67, 150, 1024), (5, 33, 40), (130, 8, 576), (1, 257, 2048)]
+LARGE_SHAPES = [(700, 3072, 2048), (300, 2048, 8192)]
 
 
 def factors(shape, dtype, device="cpu"):
@@ -81,8 +82,8 @@ def test_on_a_cpu(shape, dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [*SHAPES, (700, 3072, 2048), (300, 2048, 8192)])
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE_SHAPES], ids=str)
 def test_on_a_gpu(shape, dtype) -> None:
     x, weight, bias = factors(shape, dtype, "cuda")
     check_bits(tree_product, x, weight, bias)
