@@ -84,7 +84,7 @@ class WholeModel(nn.Module):
         return logits
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits `[tokens, vocab]`, which include what the model does after its head."""
+        """Logits `[tokens, vocab]`, with what the model does after its head."""
         whole = self.__dict__["whole"]
         return whole(input_ids=input_ids[None], use_cache=False).logits[0]
 
