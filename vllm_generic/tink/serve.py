@@ -4,12 +4,15 @@
 
 import logging
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
 
+import vllm.envs as envs
+from vllm.training.batch_invariance import batch_invariant
 from vllm_generic.tink.app import build_app
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import Sampler, Trainer
@@ -105,6 +108,14 @@ def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
 
 def serve(settings: Settings) -> None:
     """Run a service until it is stopped by a signal."""
+    with ExitStack() as stack:
+        if settings.device != "cpu" and envs.VLLM_BATCH_INVARIANT:
+            # before the first matrix product, as cuBLAS reads its settings once
+            stack.enter_context(batch_invariant())
+        _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
     sock = socket.create_server((settings.host, settings.port), backlog=2048)
     port = sock.getsockname()[1]
     service = build_service(settings)
