@@ -4,12 +4,15 @@
 
 import logging
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
 
+import vllm.envs as envs
+from vllm.training.batch_invariance import batch_invariant
 from vllm_generic.tink.app import build_app
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import Sampler, Trainer
@@ -18,6 +21,7 @@ from vllm_generic.tink.backends.hf_trainer import HFTrainer
 from vllm_generic.tink.backends.module_trainer import ModuleTrainer
 from vllm_generic.tink.backends.packed_model import (
     PackedModel,
+    WholeModel,
     copy_sharing_parameters,
     pack,
 )
@@ -60,26 +64,37 @@ def _trainer(settings: Settings, base: Any) -> Trainer:
     """
     if settings.trainer == "hf":
         return HFTrainer(copy_sharing_parameters(base))
+    module = _module(base)
     packed = settings.packed
     if packed is None:
         packed = settings.device != "cpu"
-    return ModuleTrainer(pack(base), packed)
+    return ModuleTrainer(module, packed and isinstance(module, PackedModel))
+
+
+def _module(base: Any) -> PackedModel | WholeModel:
+    """Packed, or one sequence at a time by Hugging Face's own code."""
+    try:
+        return pack(base)
+    except ValueError as error:
+        logger.warning("one sequence at a time by Hugging Face instead: %s", error)
+        return WholeModel(copy_sharing_parameters(base))
 
 
 def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
     from transformers import AutoTokenizer
 
-    if settings.sampler == "vllm" and not settings.vllm_urls:
+    in_process = settings.sampler == "vllm" and not settings.vllm_urls
+    if in_process and isinstance(_module(base), PackedModel):
         return VLLMSampler(
             folder, settings.device, settings.max_adapters, settings.max_lora_rank
         )
     local = HFSampler(
         base,
-        pack(base) if settings.trainer == "module" else PackedModel(base, packed=False),
+        WholeModel(base) if settings.trainer == "hf" else _module(base),
         AutoTokenizer.from_pretrained(folder),
         settings.max_adapters,
     )
-    if settings.sampler == "hf":
+    if settings.sampler == "hf" or in_process:
         return local
     remote: Remote
     if settings.sampler == "megatron":
@@ -93,6 +108,14 @@ def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
 
 def serve(settings: Settings) -> None:
     """Run a service until it is stopped by a signal."""
+    with ExitStack() as stack:
+        if settings.device != "cpu" and envs.VLLM_BATCH_INVARIANT:
+            # before the first matrix product, as cuBLAS reads its settings once
+            stack.enter_context(batch_invariant())
+        _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
     sock = socket.create_server((settings.host, settings.port), backlog=2048)
     port = sock.getsockname()[1]
     service = build_service(settings)

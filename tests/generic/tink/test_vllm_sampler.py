@@ -15,6 +15,8 @@ from tink_client import MODEL, TEXT, logprobs, train, training
 from tink_server import TinkServer
 from tinker import types
 
+from vllm_generic.tink import vllm_backend
+
 
 def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
     """Completions of the base and of a checkpoint, chat, models, and errors."""
@@ -37,6 +39,7 @@ def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
     (sequence,) = sampler.sample(prompt, 1, greedy).result().sequences
     assert choice["token_ids"] == list(sequence.tokens)
     assert complete(MODEL).json()["choices"][0]["token_ids"] != choice["token_ids"]
+    _functions_for_servers(server, choice["text"])
     assert http.post("unload_lora_adapter", json={"lora_name": "mine"}).is_success
     assert complete("mine").status_code == 404
     for path, text in (("../elsewhere", "outside"), ("b", "does not exist")):
@@ -44,6 +47,19 @@ def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
         assert answer.status_code == 400 and text in answer.json()["detail"]
     assert httpx.get(f"{server.url}/server_info").status_code == 404
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def _functions_for_servers(server: TinkServer, expected: str) -> None:
+    """`vllm_backend` with this server, as a worker calls it."""
+    servers = vllm_backend.initialize_vllm_client({"base_url": server.url})
+    assert servers.model == MODEL
+    vllm_backend.register_lora_adapter("worker", str(server.root.parent / "a"))
+    sampled = vllm_backend.generate_with_vllm(
+        [TEXT[:6]] * 2, "worker", max_tokens=6, temperature=0
+    )
+    assert sampled == [expected] * 2
+    assert vllm_backend.generate_with_vllm([TEXT[:6]], temperature=0) != [expected]
+    vllm_backend.unregister_lora_adapter("worker")
 
 
 def _sample_from_its_api(url: str, root: Path, patch: pytest.MonkeyPatch) -> TinkServer:

@@ -23,7 +23,7 @@ from vllm_generic.tink.backends.base import (
     TopK,
     Version,
 )
-from vllm_generic.tink.backends.packed_model import PackedModel
+from vllm_generic.tink.backends.packed_model import PackedModel, WholeModel
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.losses import target_logprobs
 
@@ -45,7 +45,11 @@ class HFSampler:
     engine = None
 
     def __init__(
-        self, model: Any, scorer: PackedModel, tokenizer: Any, max_adapters: int = 8
+        self,
+        model: Any,
+        scorer: PackedModel | WholeModel,
+        tokenizer: Any,
+        max_adapters: int = 8,
     ) -> None:
         self.base = model
         self.tokenizer = tokenizer

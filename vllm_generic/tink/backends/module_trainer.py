@@ -22,7 +22,7 @@ from vllm.lora.adapter_trainer import (
 )
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import Batch, BatchOutput, Datum, LoraSpec
-from vllm_generic.tink.backends.packed_model import PackedModel
+from vllm_generic.tink.backends.packed_model import PackedModel, WholeModel
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.losses import find_loss, loss_inputs
 
@@ -54,14 +54,14 @@ class ModuleTrainer:
     """Adapters of one frozen module.
 
     Args:
-        module: it is called with packed sequences if ``packed``, else with one.
+        module: a WholeModel takes one sequence only.
         packed: one pass has the sequences of many runs, sorted by run. Otherwise each
             sequence has a pass of its own, so that a run has the same bits however
             its data come in batches, on any device.
 
     """
 
-    def __init__(self, module: PackedModel, packed: bool) -> None:
+    def __init__(self, module: PackedModel | WholeModel, packed: bool) -> None:
         self.max_length = hf_model.max_length(module)
         self.vocab_size = int(module.config.vocab_size)
         self.architecture = str(module.config.architectures[0])

@@ -24,16 +24,15 @@ class PackedModel(nn.Module):
     """Names of parameters and modules are those of the Hugging Face model.
 
     Args:
-        model: a causal language model, whose tensors are shared.
-        packed: whether a call may hold several sequences. It replaces the attention;
-            without that each call is one sequence, from its first token on.
+        model: a causal language model, whose tensors are shared, and whose attention
+            is replaced.
 
     Raises:
         ValueError: the model has something that this cannot replace.
 
     """
 
-    def __init__(self, model: Any, packed: bool = True) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.config = model.config
         self._base_name = model.base_model_prefix
@@ -45,9 +44,8 @@ class PackedModel(nn.Module):
         self._head_name = names[0]
         self.add_module(self._base_name, base)
         self.add_module(self._head_name, head)
-        if packed:
-            _replace_attention(base)
-            model.set_attn_implementation(ATTENTION)
+        _replace_attention(base)
+        model.set_attn_implementation(ATTENTION)
 
     def get_output_embeddings(self) -> nn.Module:
         return getattr(self, self._head_name)
@@ -61,6 +59,34 @@ class PackedModel(nn.Module):
             input_ids=input_ids[None], position_ids=positions[None], use_cache=False
         )
         return outputs.last_hidden_state[0]
+
+
+class WholeModel(nn.Module):
+    """Any Hugging Face model, called with one sequence, from its first token on.
+
+    Args:
+        model: a causal language model, whose modules are shared.
+
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config = model.config
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        # no child: its layers have their names in this module already
+        self.__dict__["whole"] = model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.__dict__["whole"].get_output_embeddings()
+
+    def compute_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits `[tokens, vocab]`, with what the model does after its head."""
+        whole = self.__dict__["whole"]
+        return whole(input_ids=input_ids[None], use_cache=False).logits[0]
 
 
 def copy_sharing_parameters(model: nn.Module) -> Any:
