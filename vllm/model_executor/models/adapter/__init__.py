@@ -10,5 +10,6 @@ the module's code is replaced.
 """
 
 from .adapter import Adapter
+from .full_forward import full_forward
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "full_forward"]
