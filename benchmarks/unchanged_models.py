@@ -91,7 +91,8 @@ def hugging_face(name: str, cls: str, **extra: Any) -> Case:
         import transformers
 
         shape = extra if name in ("GPT-2",) else SHAPE | extra
-        config = getattr(transformers, f"{cls}Config")(**shape)
+        names = {"Gemma3": "Gemma3TextConfig"}  # text alone
+        config = getattr(transformers, names.get(cls, f"{cls}Config"))(**shape)
         causal = "LMHeadModel" if cls in ("GPT2",) else "ForCausalLM"
         return getattr(transformers, cls + causal)(config)
 
@@ -147,7 +148,7 @@ CASES = [
     hugging_face("Phi-3", "Phi3"),
     hugging_face("OLMo-2", "Olmo2"),
     hugging_face("Gemma 2", "Gemma2", sliding_window=16, attn_implementation="eager"),
-    hugging_face("Gemma 3", "Gemma3Text", sliding_window=16),
+    hugging_face("Gemma 3", "Gemma3", sliding_window=16),
     hugging_face("gpt-oss", "GptOss", sliding_window=16, **EXPERTS),
     hugging_face("Mixtral", "Mixtral", **EXPERTS),
     hugging_face("Qwen3-MoE", "Qwen3Moe", num_experts=4, moe_intermediate_size=64),
