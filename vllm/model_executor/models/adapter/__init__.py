@@ -9,6 +9,7 @@ vLLM's positions where it counts its tokens. No attribute of PyTorch, of a libra
 the module's code is replaced.
 """
 
-from .adapter import Adapter
+from vllm.model_executor.models.adapter.adapter import Adapter
+from vllm.model_executor.models.adapter.full_forward import full_forward
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "full_forward"]

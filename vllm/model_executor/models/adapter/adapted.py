@@ -116,6 +116,14 @@ def adapt(
         for part in module.modules()
     ):
         return None
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        if adapter is None and is_written_for_vllm(module):
+            return None  # a stage may have no attention
+        raise UnservableError(
+            f"{type(module).__name__} has no attention layer of vLLM's, and such a "
+            "module cannot be cut into pipeline stages. Use TrainableAttention in it, "
+            "or start with pipeline_parallel_size=1."
+        )
     model_config = vllm_config.model_config
     use_seen_attention(module)
     training = module.training

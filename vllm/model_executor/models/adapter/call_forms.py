@@ -117,11 +117,12 @@ def cannot_be_called(
         f"{form}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         for form, error in failures
     )
+    names = ", ".join(inspect.signature(module.forward).parameters)
     return CannotBeCalledError(
-        f"{type(module).__name__}.forward{inspect.signature(module.forward)} could not "
-        f"be called with tokens. Tried: {tried}. Say how it is called by "
-        "register_model(..., adapter=Adapter(forward=function)) with "
-        "function(module, input_ids, positions), both [1, tokens]."
+        f"{type(module).__name__}.forward({names}) could not be called with tokens. "
+        f"Tried: {tried}. Say how it is called by register_model(..., "
+        "adapter=Adapter(forward=function)) with function(module, input_ids, "
+        "positions), both [1, tokens]."
     )
 
 

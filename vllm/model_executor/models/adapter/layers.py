@@ -37,6 +37,11 @@ class SiteAttention(nn.Module):
         self, site: Site, seen: SeenAttention, vllm_config: VllmConfig
     ) -> None:
         super().__init__()
+        sinks = seen.sinks
+        if sinks is not None and not isinstance(sinks, nn.Parameter):
+            raise UnservableError(
+                f"{site} computes its sinks, at {seen.line}; expected a parameter"
+            )
         self._site = site
         self._repeats = seen.repeats
         self._head_dim = max(seen.head_dim, seen.value_dim)
@@ -49,7 +54,7 @@ class SiteAttention(nn.Module):
             scale=seen.scale,
             sliding_window=seen.window,
             logits_soft_cap=seen.soft_cap,
-            sinks=False if seen.sinks is None else seen.sinks,
+            sinks=False if sinks is None else sinks,
         )
 
     def forward(self, call: AttentionCall) -> torch.Tensor:
@@ -62,9 +67,11 @@ class SiteAttention(nn.Module):
             k, v = k[:, :: self._repeats], v[:, :: self._repeats]
         value_dim = v.shape[-1]
         # Zeros add nothing to the scores, nor to the output beside them.
-        dtype = self.attention.paged.dtype
+        paged = self.attention.paged
+        assert paged is not None  # an engine has built this
         q, k, v = (
-            F.pad(x, (0, self._padded_dim - x.shape[-1])).to(dtype) for x in (q, k, v)
+            F.pad(x, (0, self._padded_dim - x.shape[-1])).to(paged.dtype)
+            for x in (q, k, v)
         )
         out = self.attention(q, k, v)[..., :value_dim]
         return out.transpose(0, 1)[None].to(call.query.dtype)

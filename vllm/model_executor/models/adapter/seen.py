@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,9 +102,9 @@ def see(
                 failures.append((form, error))
     finally:
         hooks.remove()
-    for _, error in failures:
-        if isinstance(error, UnservableError):
-            raise error
+    for _, failure in failures:
+        if isinstance(failure, UnservableError):
+            raise failure
     raise cannot_be_called(module, failures) from failures[0][1]
 
 
@@ -116,7 +117,7 @@ def token_ids(tokens: int, vocab_size: int, device: torch.device) -> torch.Tenso
 def run_routed(
     module: nn.Module,
     seen: Seen,
-    attention: dict[Site, Attend],
+    attention: Mapping[Site, Attend],
     tables: Tables,
     input_ids: torch.Tensor,
     positions: torch.Tensor,

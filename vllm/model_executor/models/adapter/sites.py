@@ -97,7 +97,7 @@ class PathHooks:
     def __init__(self, module: nn.Module, paths: Iterable[str] | None = None) -> None:
         """Hook the submodules at `paths`, by default all."""
         wanted = None if paths is None else set(paths)
-        self._handles = []
+        self._handles: list[Any] = []
         for path, part in module.named_modules():
             if path and (wanted is None or path in wanted):
                 self._hook(path, part)

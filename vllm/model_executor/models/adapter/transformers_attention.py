@@ -34,7 +34,7 @@ def use_seen_attention(module: nn.Module) -> None:
             AttentionInterface.register(NAME, _attend)
             AttentionMaskInterface.register(NAME, _mask)
             for inner in part.modules():
-                config = getattr(inner, "config", None)
+                config: Any = getattr(inner, "config", None)
                 if hasattr(config, "_attn_implementation_internal"):
                     own = copy.deepcopy(config, memo)
                     inner.config = own
@@ -48,7 +48,7 @@ def own_attention(module: nn.Module) -> Iterator[None]:
     """Within, Transformers' models attend as they did before `use_seen_attention`."""
     changed = []
     for part in module.modules():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         if getattr(config, "_attn_implementation_internal", None) == NAME:
             config._attn_implementation_internal = config._own_attn_implementation
             changed.append(config)

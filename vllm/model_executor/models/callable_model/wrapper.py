@@ -238,6 +238,7 @@ class CallableModelWrapper(nn.Module):
                     f"Add {name}=None to it."
                 )
         if self.adapted is not None:
+            assert input_ids is not None  # of a first stage, without embeddings
             hidden_states = self.adapted.forward(input_ids, positions)
         else:
             hidden_states = self.module(input_ids, positions, **passed)

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Serves public models as they stand, and compares them with their own forward.
+
+    python benchmarks/unchanged_models.py [--only WORD] [--json FILE]
+
+Each is built in a tiny shape with random weights by one lambda, in float32, on any
+machine. Prompts are longer than a step, so that they are processed in chunks. Prints a
+table as docs/models/unchanged.md has it. Libraries that are not installed are left out
+by name. Each model is run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCAB, LENGTH = 512, 256
+PROMPTS = [[1, 2, 3], [(7 * i * i + 3) % 500 for i in range(70)], [9] * 11]
+
+# For models whose config has these names.
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=LENGTH,
+    head_dim=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MLA = dict(
+    num_key_value_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=24,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=64,
+    first_k_dense_replace=1,
+)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+GPT2 = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, n_positions=LENGTH)
+OPT = dict(ffn_dim=128, word_embed_proj_dim=64)
+LITGPT = dict(
+    n_layer=2,
+    n_embd=64,
+    n_head=2,
+    padded_vocab_size=VOCAB,
+    block_size=LENGTH,
+    intermediate_size=128,
+)
+TUNE = dict(
+    vocab_size=VOCAB,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    embed_dim=64,
+    max_seq_len=LENGTH,
+    intermediate_dim=128,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of a library, and how it is built."""
+
+    library: str
+    name: str
+    build: Callable[[], Any]
+
+
+def hugging_face(name: str, cls: str, **extra: Any) -> Case:
+    def build() -> Any:
+        import transformers
+
+        shape = extra if name in ("GPT-2",) else SHAPE | extra
+        names = {"Gemma3": "Gemma3TextConfig"}  # text alone
+        config = getattr(transformers, names.get(cls, f"{cls}Config"))(**shape)
+        causal = "LMHeadModel" if cls in ("GPT2",) else "ForCausalLM"
+        return getattr(transformers, cls + causal)(config)
+
+    return Case("transformers", name, build)
+
+
+def litgpt(name: str, config: str, **extra: Any) -> Case:
+    def build() -> Any:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        return GPT(Config.from_name(config, **LITGPT | extra))
+
+    return Case("litgpt", name, build)
+
+
+def torchtune(name: str, module: str) -> Case:
+    def build() -> Any:
+        from importlib import import_module
+
+        family, _, builder = module.rpartition(".")
+        return getattr(import_module(f"torchtune.models.{family}"), builder)(**TUNE)
+
+    return Case("torchtune", name, build)
+
+
+def x_transformers(name: str, flash: bool = True, **extra: Any) -> Case:
+    def build() -> Any:
+        from x_transformers import Decoder, TransformerWrapper
+
+        shape = dict(dim=64, depth=2, heads=2, attn_dim_head=32, attn_flash=flash)
+        layers = Decoder(**shape, **extra)
+        return TransformerWrapper(
+            num_tokens=VOCAB, max_seq_len=LENGTH, attn_layers=layers
+        )
+
+    return Case("x-transformers", name, build)
+
+
+def plain_gpt() -> Any:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from plain_gpt import PlainConfig, PlainGPT
+
+    return PlainGPT(PlainConfig(vocab_size=VOCAB, context=LENGTH))
+
+
+CASES = [
+    Case("this repository", "a GPT in plain PyTorch", plain_gpt),
+    hugging_face("Llama", "Llama"),
+    hugging_face("Qwen3", "Qwen3"),
+    hugging_face("GPT-2", "GPT2", **GPT2, bos_token_id=1, eos_token_id=2),
+    hugging_face("GPT-NeoX", "GPTNeoX"),
+    hugging_face("Phi-3", "Phi3"),
+    hugging_face("OLMo-2", "Olmo2"),
+    hugging_face("Gemma 2", "Gemma2", sliding_window=16, attn_implementation="eager"),
+    hugging_face("Gemma 3", "Gemma3", sliding_window=16),
+    hugging_face("gpt-oss", "GptOss", sliding_window=16, **EXPERTS),
+    hugging_face("Mixtral", "Mixtral", **EXPERTS),
+    hugging_face("Qwen3-MoE", "Qwen3Moe", num_experts=4, num_experts_per_tok=2),
+    hugging_face("DeepSeek-V3", "DeepseekV3", **MLA),
+    hugging_face("OPT", "OPT", **OPT),
+    hugging_face("BLOOM (ALiBi)", "Bloom", n_layer=2, n_head=2),
+    hugging_face("Mamba", "Mamba", state_size=8),
+    litgpt("Pythia", "pythia-14m"),
+    litgpt("Falcon", "falcon-7b", n_query_groups=1),
+    litgpt("Gemma 3", "Gemma-3-1b-it", n_query_groups=1, sliding_window_size=16),
+    litgpt("Mixtral", "Mixtral-8x7B-v0.1", n_query_groups=1, n_expert=4),
+    litgpt("Qwen3", "Qwen3-0.6B", n_query_groups=1, head_size=32),
+    torchtune("Llama 3.1", "llama3_1.llama3_1"),
+    torchtune("Qwen2", "qwen2.qwen2"),
+    x_transformers("rotary", rotary_pos_emb=True),
+    x_transformers("learned positions"),
+    x_transformers("ALiBi", alibi_pos_bias=True),
+    x_transformers("token shift", rotary_pos_emb=True, shift_tokens=1),
+    x_transformers("written-out attention", flash=False, rotary_pos_emb=True),
+]
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Serve one model in this process, and compare."""
+    import torch
+    from safetensors.torch import save_file
+
+    from vllm import LLM, ModelRegistry
+    from vllm.model_executor.models.adapter import full_forward
+    from vllm.model_validation import validate
+
+    try:
+        module = case.build()
+    except ImportError as error:
+        return {"left out": f"{case.library} cannot be imported: {first_line(error)}"}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+    config = SHAPE | {"architectures": ["Unchanged"]}
+    ModelRegistry.register_model("Unchanged", lambda vllm_config, context: case.build())
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        seen: set[int] = set()
+        state = {}
+        for name, tensor in module.state_dict().items():
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                state[name] = tensor.detach().clone().contiguous()
+        save_file(state, f"{folder}/model.safetensors")
+        try:
+            llm = LLM(
+                folder,
+                dtype="float32",
+                max_logprobs=-1,
+                skip_tokenizer_init=True,
+                max_model_len=LENGTH,
+                max_num_batched_tokens=64,
+                max_num_seqs=4,
+                disable_log_stats=True,
+            )
+        except Exception as error:  # noqa: BLE001 - the refusal is the result
+            return {"refused": f"{type(error).__name__}: {first_line(error)}"}
+        report = validate(
+            llm, lambda ids: full_forward(module, ids), PROMPTS, max_tokens=16
+        )
+    values = {check.name: check.value for check in report.checks}
+    greedy = values["greedy agreement"]
+    distance = max(values["max |Δ log p|"], values["prompt max |Δ log p|"])
+    return {"greedy": greedy, "distance": distance}
+
+
+def first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def run_apart(index: int) -> dict[str, Any]:
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, "--run", str(index)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if lines:
+        return json.loads(lines[-1])
+    return {"failed": " ".join(done.stderr.split())[-400:]}
+
+
+def version(library: str) -> str:
+    try:
+        return f"{library} {importlib.metadata.version(library)}"
+    except importlib.metadata.PackageNotFoundError:
+        return library
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="models with this in their name")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run is not None:
+        print(json.dumps(run(CASES[args.run])), flush=True)
+        return 0
+    rows = []
+    print("| Library | Model | Greedy agreement | Max abs. Δ log p |")
+    print("| --- | --- | --- | --- |")
+    for index, case in enumerate(CASES):
+        if args.only.lower() not in f"{case.library} {case.name}".lower():
+            continue
+        result = run_apart(index)
+        if "distance" in result:
+            cells = f"{result['greedy']:.3f} | {result['distance']:.1e}"
+        else:
+            ((kind, text),) = result.items()
+            cells = f"{kind} | {text}"
+        print(f"| {version(case.library)} | {case.name} | {cells} |", flush=True)
+        rows.append({"library": version(case.library), "model": case.name, **result})
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

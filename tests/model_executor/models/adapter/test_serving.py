@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Unchanged modules in an engine, against their own forward."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from plain_gpt import PlainConfig, PlainGPT
+from safetensors.torch import save_file
+
+from vllm import ModelRegistry
+from vllm.model_executor.models.adapter import Adapter, full_forward
+from vllm.model_validation import validate
+
+VOCAB = 256
+PROMPTS = [[1, 2, 3], [(7 * i * i + 3) % VOCAB for i in range(70)], [9] * 11]
+CONFIG = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    head_dim=16,  # the CPU's attention has 32
+)
+SHORT = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, n_positions=128)
+TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+def plain():
+    return PlainGPT(PlainConfig(vocab_size=VOCAB))
+
+
+def llama():
+    config = transformers.LlamaConfig(**CONFIG, **TOKENS)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHORT, **TOKENS))
+
+
+def call_with_labels(module, input_ids, positions):
+    return module(input_ids, targets=input_ids)
+
+
+@pytest.fixture
+def serve(start, tmp_path):
+    def served(build, **options):
+        torch.manual_seed(0)
+        module = build()
+        state = {name: t.clone() for name, t in module.named_parameters()}
+        save_file(state, tmp_path / "model.safetensors")
+        config = CONFIG | {"architectures": ["Unchanged"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        llm = start(
+            model=str(tmp_path),
+            max_logprobs=-1,
+            max_num_batched_tokens=64,  # the long prompt takes two steps
+            **options,
+        )
+        return llm, module
+
+    return served
+
+
+def assert_same(llm, module):
+    report = validate(llm, lambda ids: full_forward(module, ids), PROMPTS, max_tokens=8)
+    assert report.exit_code == 0, str(report)
+    values = {check.name: check.value for check in report.checks}
+    assert values["greedy agreement"] == 1
+    assert values["max |Δ log p|"] < 1e-4
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_transformers(serve, build):
+    ModelRegistry.register_model("Unchanged", lambda config, context: build())
+    llm, module = serve(build)
+    assert_same(llm, module)
+    names = llm.apply_model(lambda model: [n for n, _ in model.named_parameters()])[0]
+    assert names == [name for name, _ in module.named_parameters()]
+    # The self-check and others can call the engine's own module.
+    ids = torch.arange(20)
+    (logits,) = llm.apply_model(lambda model: model.adapted.full_forward(ids))
+    assert torch.equal(logits, full_forward(module, ids))
+
+
+@pytest.mark.engine
+def test_plain_module_in_another_process(serve):
+    """With an adapter, which travels, and with compilation asked for."""
+    adapter = Adapter(forward=call_with_labels)
+    factory = lambda config, context: plain()  # noqa: E731 - by value
+    ModelRegistry.register_model("Unchanged", factory, adapter=adapter)
+    llm, module = serve(plain, processes=True, enforce_eager=False)
+    assert_same(llm, module)
+
+
+def test_what_is_no_adapter_is_refused():
+    with pytest.raises(TypeError, match="adapter is a dict; expected an Adapter"):
+        ModelRegistry.register_model("Unchanged", lambda c, p: plain(), adapter={})
