@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -125,7 +125,7 @@ class PathHooks:
 
 def line_of_model() -> str:
     """The line of the model's code that runs now, as `path:number: code`."""
-    frame: Any = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_NOT_THE_MODELS):
