@@ -53,7 +53,7 @@ def served_log_probs(output) -> list[float]:
 def test_an_engine_on_two_ranks_and_a_trainer_on_one(
     dtype, tmp_path, monkeypatch, start
 ) -> None:
-    """Sampled and greedy, with chunks of prefill, a prefix cache and batches."""
+    """Sampled and greedy, with chunks of prefill and batches."""
     device = current_platform.device_type
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
