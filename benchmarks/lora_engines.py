@@ -130,7 +130,7 @@ def serve(
         # Engines start side by side, so none may measure what is free.
         options |= {
             "kv_cache_memory_bytes": int(kv_cache_gb * 2**30),
-            "gpu_memory_utilization": 0.1,  # has to be free at the start, whatever is used
+            "gpu_memory_utilization": 0.1,  # this has to be free at the start
             "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64, at_once]},
         }
     else:

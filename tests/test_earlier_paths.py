@@ -28,11 +28,13 @@ PUBLIC = {
     "vllm.model_validation": [
         "Check",
         "LISTED",
+        "OutputDifference",
         "RESOLUTION",
         "Reference",
         "Thresholds",
         "TokenComparison",
         "ValidationReport",
+        "first_difference",
         "validate",
         "validate_outputs",
     ],

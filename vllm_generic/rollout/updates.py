@@ -17,8 +17,8 @@ from vllm_generic.rollout.ranks import on_first_rank
 class Updates:
     """Makes a `WeightSync` for the engines that are there, and numbers its updates.
 
-    A `WeightSync` counts from 1. These numbers go on when another one is made, for
-    another module or without an engine that is lost.
+    A `WeightSync` goes on from the versions of its engines, which begin at 0. These
+    numbers go on whatever engines there are.
 
     Args:
         version: The number of the weights that the engines have loaded.
@@ -28,7 +28,8 @@ class Updates:
 
     def __init__(self, version: int, timeout: float) -> None:
         self.version = version
-        self._before = version  # the number before the first update of this sync
+        self._offset = version  # of these numbers from the engines' versions
+        self._is_attached_anew = False
         self._timeout = timeout
         self._sync: WeightSync | None = None
         self._model: nn.Module | None = None
@@ -57,7 +58,10 @@ class Updates:
             # Some engines are lost. The others have kept the old weights.
             self._attach(model, parallel_context, engine)
             update = self._sync.update()
-        self.version = self._before + update
+        if self._is_attached_anew:
+            self._offset = self.version + 1 - update
+            self._is_attached_anew = False
+        self.version = self._offset + update
         return self.version
 
     def number(self, output: RequestOutput) -> RequestOutput:
@@ -91,7 +95,7 @@ class Updates:
 
         self._sync = make(None) if engine is None else engine.make_sync(make)
         self._model = model
-        self._before = self.version
+        self._is_attached_anew = True
 
     def _number(self, label: str) -> int:
-        return self._before + (int(label) if label.isdecimal() else 0)
+        return self._offset + (int(label) if label.isdecimal() else 0)

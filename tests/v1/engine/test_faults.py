@@ -46,7 +46,12 @@ def serve(model_dir, tmp_path_factory):
         (folder / "signs").mkdir()
         command = [sys.executable, FAULTY_MODEL, str(model_dir), f"{folder}/signs"]
         command += [fault, json.dumps(TWO_RANKS if options is None else options)]
-        env = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} | env
+        # Without the self-check, so that it is a request that comes to a fault.
+        defaults = {
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+            "VLLM_MODEL_SELF_CHECK": "0",
+        }
+        env = defaults | env
         programs.append(program := Program(command, folder, **env))
         return program
 

@@ -116,6 +116,8 @@ def adapt(
         for part in module.modules()
     ):
         return None
+    if type(module).forward is nn.Module.forward and adapter is None:
+        return None  # the wrapper says that there is no forward
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         if adapter is None and is_written_for_vllm(module):
             return None  # a stage may have no attention
