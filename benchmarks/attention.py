@@ -594,7 +594,9 @@ def main() -> None:
     results = host()
     results["versions"] |= {
         name: version(name) for name in ("flash-attn", "flash-attn-3", "flash-attn-4")
-    } | ({"cudnn": torch.backends.cudnn.version()} if "SDPA cuDNN" in PEERS else {})
+    }
+    if "SDPA cuDNN" in PEERS:
+        results["versions"]["cudnn"] = torch.backends.cudnn.version()
     parts = {
         "speed": speed(args.rounds, console),
         "backward": backward_engines(args.rounds, console),

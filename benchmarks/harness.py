@@ -3,9 +3,12 @@
 """What the benchmarks share: the host, a child's result, and rates."""
 
 import json
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,46 @@ def host() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
     }
+
+
+class Child:
+    """A process that writes a line "= value" when it is ready, and for each line read.
+
+    Args:
+        arguments: Of the Python interpreter.
+        env: Variables beside this process's own.
+
+    """
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self._name = " ".join(arguments)
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | (env or {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, line: object) -> float:
+        """The value that the child answers."""
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> float:
+        """Its next value. Raises RuntimeError if it ends instead."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("= "):
+                return float(line[2:])
+        code = self._process.wait()
+        raise RuntimeError(f"{self._name} ended with code {code}; its log says why")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def last_json(output: str | bytes) -> Any:

@@ -4,61 +4,36 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import generation_rate, random_prompts
+from harness import Child, generation_rate, random_prompts
 from llama import Llama, LlamaShape
 
 RANK = 16
 NATIVE = "LlamaForCausalLM"
 
 
-class Engine:
-    """A child that answers each line of JSON by one line "= value"."""
+class Engine(Child):
+    """A child that answers each line of JSON."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = options
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        super().__init__(__file__, json.dumps(options))
 
     def wait(self) -> None:
         """Raises RuntimeError if it does not start."""
-        self._answer()
+        self.answer()
 
     def rate(self, adapters: int) -> float:
         """New tokens a second, of all requests at once, with as many adapters."""
-        return self._ask({"adapters": adapters})
+        return self.ask(json.dumps({"adapters": adapters}))
 
     def loading_time(self) -> float:
         """Seconds to save an adapter and make it known to the engine."""
-        return self._ask({"load": True})
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _ask(self, command: dict[str, Any]) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> float:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("= "):
-                return float(line[2:])
-        raise RuntimeError(f"the engine {self.options} ended; its log says why")
+        return self.ask(json.dumps({"load": True}))
 
 
 def _adapters(directory: Path, module: Any, count: int) -> list[Any]:

@@ -17,16 +17,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from harness import generation_rate, host, random_prompts
+from harness import Child, generation_rate, host, random_prompts
 from llama import LLAMA_1B, Llama
 
 ENGINES = ("native", "Transformers backend", "plain module")
@@ -36,40 +35,18 @@ ALONE_PER_TURN = 3
 MEMORY = 0.9 / len(ENGINES)
 
 
-class Engine:
+class Engine(Child):
     """An engine in its own process, which generates when it is told to."""
 
     def __init__(self, name: str, cache: Path) -> None:
         caches = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name],
-            env=os.environ | {variable: f"{cache}/{variable}" for variable in caches},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.startup_s = self._answer()
+        env = {variable: f"{cache}/{variable}" for variable in caches}
+        super().__init__(__file__, "--serve", name, env=env)
+        self.startup_s = self.answer()
 
     def rate(self, requests: int) -> float:
         """New tokens a second, of `requests` at once."""
-        assert self.process.stdin is not None
-        print(requests, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> float:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("= "):
-                return float(line[2:])
-        raise RuntimeError(f"the engine ended with code {self.process.wait()}")
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        return self.ask(requests)
 
 
 def serve(name: str) -> None:
@@ -117,7 +94,7 @@ def measure_round(
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}
         for name in rotated(names, number):
-            engines[name] = stack.enter_context(Engine(name, caches / name))
+            engines[name] = stack.enter_context(closing(Engine(name, caches / name)))
             print(f"round {number}: {name} started", flush=True)
         results: dict[str, dict[str, Any]] = {
             name: {"startup_s": engine.startup_s, "at_once": [], "alone": []}

@@ -17,6 +17,18 @@ from vllm.model_executor.models.adapter.transformers_attention import (
 from vllm.model_executor.models.adapter.trial import SeenAttention
 
 VOCAB = 256
+# Of a small model of Transformers.
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    head_dim=16,  # the CPU's attention has 32
+)
+TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 CPU = torch.device("cpu")
 
 

@@ -29,15 +29,7 @@
 #include <type_traits>
 #include <vector>
 
-// The loops here are compiled for several instruction sets; the CPU chooses.
-#if defined(__x86_64__)
-#define MULTIVERSION \
-  __attribute__((    \
-      target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "multiversion.h"
 
 namespace {
 

@@ -17,15 +17,7 @@
 #include <cstring>
 #include <type_traits>
 
-// The loops here are compiled for several instruction sets; the CPU chooses.
-#if defined(__x86_64__)
-#define MULTIVERSION \
-  __attribute__((    \
-      target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MULTIVERSION
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "multiversion.h"
 
 namespace {
 

@@ -21,10 +21,14 @@ from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
 from vllm.model_executor.layers.tree_linear import (
     divided_linear,
     layout_invariant,
+    linear,
     number_of_leaves,
     whole_linear,
 )
-from vllm.model_executor.layers.tree_linear.linear import autocast
+from vllm.model_executor.layers.tree_linear.linear import (
+    autocast,
+    parameter_gradients,
+)
 from vllm.platforms import current_platform
 
 __all__ = [
@@ -120,7 +124,6 @@ def _linear(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
             "CPU and has no gradient any more. Train a module of its own, before "
             "process_weights_after_loading."
         )
-    linear = whole_linear if layout_invariant() else F.linear
     if layer.tp_size == 1:
         return linear(x, weight, bias)
 
@@ -172,7 +175,6 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        linear = whole_linear if layout_invariant() else F.linear
         return linear(x, weight, bias)
 
     @staticmethod
@@ -180,18 +182,11 @@ class _ColumnLinear(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        x_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             finish = collectives.start_sum(grad @ weight, ctx.group)
-        # [tokens, out / TP]
-        grad = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            weight_grad = grad.mT @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            bias_grad = grad.sum(0)
-        if ctx.needs_input_grad[0]:
-            x_grad = finish()
-        return x_grad, weight_grad, bias_grad, None
+        of_parameters = parameter_gradients(ctx, grad, x)
+        x_grad = finish() if ctx.needs_input_grad[0] else None
+        return x_grad, *of_parameters, None
 
 
 class _AddedElsewhere(torch.autograd.Function):

@@ -6,14 +6,10 @@ On a CPU the compiled operator is tested, and the Triton kernels in Triton's
 interpreter; on a GPU (`-m gpu`) the compiled kernels.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_interpreter import interpret
 
 import vllm.envs as envs
 from vllm.model_executor.layers.tree_linear.linear import divided_linear, whole_linear
@@ -92,18 +88,6 @@ def test_on_a_gpu(shape, dtype) -> None:
     torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=2**-8)
 
 
-# Triton decides when it is imported whether it interprets, so this is a process of its
-# own; and vLLM hides Triton where there is no GPU.
-PROGRAM = """
-import json
-import triton, triton.language as tl
-import vllm.triton_utils
-vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
-import test_product
-print("\\n" + json.dumps(test_product.interpreted()))
-"""
-
-
 def interpreted() -> list[float]:
     """Errors of the kernels, whose bits are checked; run by the interpreter."""
     from vllm.model_executor.layers.tree_linear import triton_product
@@ -129,16 +113,7 @@ def interpreted() -> list[float]:
 
 def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton.runtime.interpreter")
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.environ["PYTHONPATH"]])
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert max(json.loads(run.stdout.splitlines()[-1])) < 4.9e-4
+    assert max(interpret(__file__, "interpreted")) < 4.9e-4
 
 
 @pytest.mark.parametrize("leaves", [1, 8])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from cached_steps import VOCAB, assert_serves, look
+from cached_steps import SHAPE, TOKENS, VOCAB, assert_serves, look
 from plain_gpt import PlainConfig, PlainGPT
 from torch import nn
 
@@ -15,19 +15,6 @@ from vllm.model_executor.models.adapter.call_forms import CannotBeCalledError
 from vllm.model_executor.models.adapter.trial import UnservableError
 
 WIDTH, HEADS, LENGTH = 32, 2, 128
-SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    head_dim=16,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 
 
 class Layer(nn.Module):
@@ -158,7 +145,7 @@ def test_what_a_call_asks_for():
     ],
 )
 def test_transformers(cls, config, extra):
-    config = getattr(transformers, config)(**SMALL, **extra)
+    config = getattr(transformers, config)(**SHAPE, **TOKENS, **extra)
     config._attn_implementation = "eager"
     model = getattr(transformers, cls)(config)
     seen = assert_serves(model)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from cached_steps import SHAPE, TOKENS, VOCAB
 from plain_gpt import PlainConfig, PlainGPT
 from safetensors.torch import save_file
 
@@ -14,20 +15,8 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.adapter import Adapter, full_forward
 from vllm.model_validation import validate
 
-VOCAB = 256
 PROMPTS = [[1, 2, 3], [(7 * i * i + 3) % VOCAB for i in range(70)], [9] * 11]
-CONFIG = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    head_dim=16,  # the CPU's attention has 32
-)
 SHORT = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, n_positions=128)
-TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 def plain():
@@ -35,7 +24,7 @@ def plain():
 
 
 def llama():
-    config = transformers.LlamaConfig(**CONFIG, **TOKENS)
+    config = transformers.LlamaConfig(**SHAPE, **TOKENS)
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -54,7 +43,7 @@ def serve(start, tmp_path):
         module = build()
         state = {name: t.clone() for name, t in module.named_parameters()}
         save_file(state, tmp_path / "model.safetensors")
-        config = CONFIG | {"architectures": ["Unchanged"]}
+        config = SHAPE | {"architectures": ["Unchanged"]}
         (tmp_path / "config.json").write_text(json.dumps(config))
         llm = start(
             model=str(tmp_path),

@@ -5,16 +5,12 @@
 test_flash_gpu.py runs the compiled kernels.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_definition import attention, scores_of
 from torch import nn
+from triton_interpreter import interpret
 
 from vllm.model_executor.layers import TrainableAttention
 
@@ -29,17 +25,6 @@ CASES = {
     "large heads": (256, 2, True, (-1, -1), 0.0, False),
 }
 LENGTHS = (0, 1, 130, 0, 65)
-
-# Triton decides when it is imported whether it interprets, so this is a process of its
-# own; and vLLM hides Triton where there is no GPU.
-PROGRAM = """
-import json, sys
-import triton, triton.language as tl
-import vllm.triton_utils
-vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
-import test_triton_backward
-print("\\n" + json.dumps(test_triton_backward.errors()))
-"""
 
 
 def errors() -> dict[str, list[float]]:
@@ -109,16 +94,7 @@ def log_sum_exp(
 
 
 def test_gradients_in_the_interpreter() -> None:
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.environ["PYTHONPATH"]])
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpret(__file__, "errors")
     assert found.keys() == CASES.keys()
     for name, relative in found.items():
         # float16 has 11 bits: half a unit in the last place is 4.9e-4.

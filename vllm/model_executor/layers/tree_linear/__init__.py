@@ -7,10 +7,20 @@ the operator, with a kernel for each device; `linear`: layers that are made of i
 gradients.
 """
 
-from vllm.model_executor.layers.tree_linear.linear import divided_linear, whole_linear
+from vllm.model_executor.layers.tree_linear.linear import (
+    divided_linear,
+    linear,
+    whole_linear,
+)
 from vllm.model_executor.layers.tree_linear.tree import (
     layout_invariant,
     number_of_leaves,
 )
 
-__all__ = ["divided_linear", "layout_invariant", "number_of_leaves", "whole_linear"]
+__all__ = [
+    "divided_linear",
+    "layout_invariant",
+    "linear",
+    "number_of_leaves",
+    "whole_linear",
+]

@@ -5,10 +5,11 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from vllm.distributed import differentiable_collectives as collectives
 from vllm.model_executor.layers.tree_linear.product import round_sum
-from vllm.model_executor.layers.tree_linear.tree import tree_sum
+from vllm.model_executor.layers.tree_linear.tree import layout_invariant, tree_sum
 
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
@@ -29,6 +30,14 @@ def whole_linear(
 
     """
     return _run(x, weight, bias, leaves=1, partial=False)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`F.linear`, or `whole_linear` where every layout is to have the same bits."""
+    run = whole_linear if layout_invariant() else F.linear
+    return run(x, weight, bias)
 
 
 def divided_linear(
@@ -127,12 +136,25 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)  # what the sum of the ranks was rounded to
-        x_grad = weight_grad = bias_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = grad @ weight
-        rows = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            weight_grad = rows.mT @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[2]:
-            bias_grad = rows.sum(0)
-        return x_grad, weight_grad, bias_grad, None, None
+        x_grad = grad @ weight if ctx.needs_input_grad[0] else None
+        return x_grad, *parameter_gradients(ctx, grad, x), None, None
+
+
+def parameter_gradients(
+    ctx: Any, grad: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Those of weight and bias, the second and the third input of a linear layer.
+
+    Args:
+        ctx: Of an autograd function, which says which of them are needed.
+        grad: `[..., outputs]`.
+        x: `[..., features]`.
+
+    """
+    weight_grad = bias_grad = None
+    rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[1]:
+        weight_grad = rows.mT @ x.reshape(-1, x.shape[-1])
+    if ctx.needs_input_grad[2]:
+        bias_grad = rows.sum(0)
+    return weight_grad, bias_grad

@@ -20,8 +20,8 @@ from vllm.model_executor.models.callable_model.wrapper import CallableModelWrapp
 from vllm.v1.engine.startup_failure import enter_stage
 from vllm.v1.worker.utils import AttentionGroup
 
+from .differing_layer import first_differing_layer
 from .engine_batch import EngineBatches
-from .first_difference import first_difference
 from .forwards import Around, Forwards, Logprobs
 from .limits import small_limits
 from .rounding import relative_error, rounded_otherwise
@@ -171,7 +171,7 @@ class _Check:
                 if difference <= allowed:
                     self._warn_of_unused_layers()
                     return None
-            where = self._first_difference(forwards, batches)
+            where = self._where_it_differs(forwards, batches)
         raise RuntimeError(self._message(difference, allowed, where))
 
     def _batches(
@@ -283,10 +283,10 @@ class _Check:
                 ", ".join(unused),
             )
 
-    def _first_difference(self, forwards: Forwards, batches: EngineBatches) -> str:
+    def _where_it_differs(self, forwards: Forwards, batches: EngineBatches) -> str:
         """Which layer differs first, on the first pipeline stage where one does."""
         size = relative_error(self._dtype, self._device)
-        here = first_difference(
+        here = first_differing_layer(
             forwards, batches, self._rounded_otherwise(ROUNDINGS[0]), MARGIN * size
         )
         stage = get_pp_group().rank_in_group

@@ -39,7 +39,7 @@ class _Traces:
             yield
 
 
-def first_difference(
+def first_differing_layer(
     forwards: Forwards, batches: EngineBatches, rounded: Around, least: float
 ) -> tuple[int, str] | None:
     """The first submodule of this rank that differs, in the order of its own forward.
