@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from vllm.utils.network_utils import get_open_port
+
 pytest.importorskip("trl")
 PROGRAM = str(Path(__file__).with_name("train_by_trl.py"))
 
@@ -24,7 +26,11 @@ def train(directory: Path, steps: int, *options: str, ranks: int = 1) -> Any:
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc-per-node={ranks}"]
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "MASTER_PORT": str(get_open_port()),  # else TRL takes the same one every time
+    }
     done = subprocess.run(
         [*launcher, PROGRAM, str(directory), str(steps), *options],
         env=os.environ | env,
