@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm.forward_context import is_forward_context_available
-from vllm.model_executor.layers.trainable_attention.engine_step import current_step
+from vllm.model_executor.layers.trainable_attention.engine_step import EngineLayer
 from vllm.v1.attention.training.sequences import (
     CuSeqlens,
     Sequences,
@@ -18,7 +17,7 @@ from vllm.v1.attention.training.sequences import (
 from .cached import build_cached
 
 
-class PreviousTokens(nn.Module):
+class PreviousTokens(EngineLayer):
     """The values of the `tokens` tokens before each token of its sequence.
 
     State beside attention is a line with it: a token shift, a "smear" of the token
@@ -64,8 +63,6 @@ class PreviousTokens(nn.Module):
         self.tokens = tokens
         # A child, so that vLLM's and our own looks for layers with a cache find it.
         self.cached = build_cached(channels, tokens, dtype, prefix)
-        # Whether this is part of a model whose forward is an EngineStep.
-        self.steps_are_marked = False
 
     def forward(
         self, x: torch.Tensor, cu_seqlens: CuSeqlens | None = None
@@ -94,17 +91,15 @@ class PreviousTokens(nn.Module):
                 f"x must be [tokens, {self.channels}] or [batch, seq, {self.channels}],"
                 f" got {list(x.shape)}."
             )
-        if self._in_engine_step():
+        if self.in_engine_step():
             return self._from_cache(x, cu_seqlens)
         if graph_is_dense(cu_seqlens):
             return _shifted(x, self.tokens)
         return self._shifted_in_sequences(x, cu_seqlens)
 
-    def _in_engine_step(self) -> bool:
-        """As `TrainableAttention` decides it."""
-        if self.steps_are_marked or self.cached is None:
-            return current_step() is not None
-        return is_forward_context_available()
+    @property
+    def engine_half(self) -> nn.Module | None:
+        return self.cached
 
     def _from_cache(
         self, x: torch.Tensor, cu_seqlens: CuSeqlens | None

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import is_forward_context_available
 from vllm.model_executor.layers.trainable_attention.engine_step import (
+    EngineLayer,
     EngineStep,
     current_step,
 )
@@ -24,7 +24,7 @@ from vllm.v1.attention.training.sequences import (
 )
 
 
-class TrainableAttention(nn.Module):
+class TrainableAttention(EngineLayer):
     """Scaled dot-product attention of q, k, v that trains and serves.
 
     Built while an engine builds a model (inside the callable given to
@@ -115,8 +115,6 @@ class TrainableAttention(nn.Module):
         # the paged layer of the first call in a forward, and those of later calls.
         self.paged = build_paged_attention(self, prefix)
         self.paged_later: nn.ModuleList | None = None
-        # Whether this is part of a model whose forward is an EngineStep.
-        self.steps_are_marked = False
 
     def divide_heads(self, ranks: int) -> None:
         """Keep one of `ranks` equal parts of the heads, with its part of the KV cache.
@@ -160,12 +158,9 @@ class TrainableAttention(nn.Module):
         if later:
             self.paged_later = nn.ModuleList(later)
 
-    def _in_engine_step(self) -> bool:
-        """Whether a call at this moment belongs to an engine and not to a trainer."""
-        if self.steps_are_marked or self.paged is None:
-            return current_step() is not None
-        # Part of a model class that vLLM runs without our wrapper around it.
-        return is_forward_context_available()
+    @property
+    def engine_half(self) -> nn.Module | None:
+        return self.paged
 
     def forward(
         self,
@@ -222,7 +217,7 @@ class TrainableAttention(nn.Module):
                 f"[batch, seq], got shapes {list(query.shape)}, {list(key.shape)} and "
                 f"{list(value.shape)}."
             )
-        if self._in_engine_step():
+        if self.in_engine_step():
             out = self._attend_paged(q, k, v, cu_seqlens, attention_mask)
         else:
             q, k, v = self._match_dtypes(q, k, v)

@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import nn
 
 from vllm.forward_context import is_forward_context_available
 
@@ -93,3 +94,24 @@ class EngineStep:
 def current_step() -> EngineStep | None:
     """The engine step that this thread is in; None for a trainer's call."""
     return getattr(_thread, "step", None)
+
+
+class EngineLayer(nn.Module):
+    """A layer of which an engine step calls one half, and a trainer the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Whether this is part of a model whose forward is an EngineStep.
+        self.steps_are_marked = False
+
+    @property
+    def engine_half(self) -> nn.Module | None:
+        """The half with the engine's cache; None where no engine built this."""
+        raise NotImplementedError
+
+    def in_engine_step(self) -> bool:
+        """Whether a call at this moment belongs to an engine and not to a trainer."""
+        if self.steps_are_marked or self.engine_half is None:
+            return current_step() is not None
+        # Part of a model class that vLLM runs without our wrapper around it.
+        return is_forward_context_available()

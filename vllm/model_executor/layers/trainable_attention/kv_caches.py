@@ -3,7 +3,7 @@
 """A KV cache for each call that a model's forward makes of an attention layer."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention.attention import (
     TrainableAttention,
 )
-from vllm.model_executor.layers.trainable_attention.engine_step import AttentionCalls
+from vllm.model_executor.layers.trainable_attention.engine_step import (
+    AttentionCalls,
+    EngineLayer,
+)
 
 
 def trainable_layers(model: nn.Module) -> dict[str, TrainableAttention]:
@@ -48,9 +51,8 @@ def a_kv_cache_for_each_call(model: nn.Module, calls: AttentionCalls) -> Iterato
                 "its KV cache. Build a new module each time the factory is called."
             )
         calls.paths[engine_name] = name
-    parts: Iterable[Any] = model.modules()
-    for part in parts:
-        if hasattr(part, "steps_are_marked"):  # PreviousTokens has it, too
+    for part in model.modules():
+        if isinstance(part, EngineLayer):
             part.steps_are_marked = True
     ours = {part for layer in layers.values() for part in layer.modules()}
     others = {

@@ -153,7 +153,7 @@ class TrainableFlashAttention(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, kv_heads)
         if self.rotary_emb is not None:
             if positions is None:
-                if self.attn._in_engine_step():
+                if self.attn.in_engine_step():
                     raise ValueError(
                         "positions must be given in an engine step: pass on the "
                         "positions that vLLM gives the model's forward."
