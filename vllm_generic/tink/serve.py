@@ -47,32 +47,20 @@ def build_service(settings: Settings) -> Service:
         # so small a model only loses by sharing its products among threads
         torch.set_num_threads(1)
     base = hf_model.load_base(folder, settings.device)
+    module = _module(settings, base)
     return Service(
         settings,
         name or folder.name,
         folder,
-        _trainer(settings, base),
-        _sampler(settings, folder, base),
+        _trainer(settings, base, module),
+        _sampler(settings, folder, base, module),
     )
 
 
-def _trainer(settings: Settings, base: Any) -> Trainer:
-    """A trainer of the settings' kind.
-
-    It and a sampler have modules of their own, so that neither waits for the other; the
-    frozen weights are the same tensors.
-    """
-    if settings.trainer == "hf":
-        return HFTrainer(copy_sharing_parameters(base))
-    module = _module(base)
-    packed = settings.packed
-    if packed is None:
-        packed = settings.device != "cpu"
-    return ModuleTrainer(module, packed and isinstance(module, PackedModel))
-
-
-def _module(base: Any) -> PackedModel | WholeModel:
-    """Packed, or one sequence at a time by Hugging Face's own code."""
+def _module(settings: Settings, base: Any) -> PackedModel | WholeModel | None:
+    """Packed, or one sequence at a time by Hugging Face's own code; None if unused."""
+    if settings.trainer == "hf" and not settings.has_engine:
+        return None
     try:
         return pack(base)
     except ValueError as error:
@@ -80,21 +68,44 @@ def _module(base: Any) -> PackedModel | WholeModel:
         return WholeModel(copy_sharing_parameters(base))
 
 
-def _sampler(settings: Settings, folder: Path, base: Any) -> Sampler:
+def _trainer(
+    settings: Settings, base: Any, module: PackedModel | WholeModel | None
+) -> Trainer:
+    """A trainer of the settings' kind.
+
+    It and a sampler have modules of their own, so that neither waits for the other; the
+    frozen weights are the same tensors.
+    """
+    if settings.trainer == "hf":
+        return HFTrainer(copy_sharing_parameters(base))
+    assert module is not None
+    packed = settings.packed
+    if packed is None:
+        packed = settings.device != "cpu"
+    return ModuleTrainer(module, packed and isinstance(module, PackedModel))
+
+
+def _sampler(
+    settings: Settings,
+    folder: Path,
+    base: Any,
+    module: PackedModel | WholeModel | None,
+) -> Sampler:
     from transformers import AutoTokenizer
 
-    in_process = settings.sampler == "vllm" and not settings.vllm_urls
-    if in_process and isinstance(_module(base), PackedModel):
+    if settings.has_engine and isinstance(module, PackedModel):
         return VLLMSampler(
             folder, settings.device, settings.max_adapters, settings.max_lora_rank
         )
     local = HFSampler(
         base,
-        WholeModel(base) if settings.trainer == "hf" else _module(base),
+        copy_sharing_parameters(module)
+        if isinstance(module, PackedModel)
+        else WholeModel(base),
         AutoTokenizer.from_pretrained(folder),
         settings.max_adapters,
     )
-    if settings.sampler == "hf" or in_process:
+    if settings.sampler == "hf" or settings.has_engine:
         return local
     remote: Remote
     if settings.sampler == "megatron":

@@ -65,6 +65,11 @@ class Settings:
     keep_samplers_seconds: float = 86400.0  # of a session without heartbeats
 
     @property
+    def has_engine(self) -> bool:
+        """Whether vLLM's engine is to run in this process."""
+        return self.sampler == "vllm" and not self.vllm_urls
+
+    @property
     def adapters_root(self) -> Path:
         return self.adapters_dir or self.root / "adapters"
 

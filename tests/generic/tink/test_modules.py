@@ -28,7 +28,7 @@ from vllm_generic.tink.backends.base import (
 from vllm_generic.tink.backends.hf_sampler import HFSampler
 from vllm_generic.tink.backends.module_trainer import ModuleTrainer
 from vllm_generic.tink.backends.packed_model import PackedModel, WholeModel, pack
-from vllm_generic.tink.serve import _trainer
+from vllm_generic.tink.serve import _module, _trainer
 from vllm_generic.tink.settings import Settings
 
 SIZES = {
@@ -103,7 +103,8 @@ def test_a_model_that_cannot_be_packed_is_trained_as_it_is(
     with pytest.raises(ValueError, match="computes other logits when its sequences"):
         pack(model)
     with caplog.at_level(logging.WARNING):
-        trainer = _trainer(Settings(Path("unused"), packed=True), model)
+        settings = Settings(Path("unused"), packed=True)
+        trainer = _trainer(settings, model, _module(settings, model))
     assert "one sequence at a time by Hugging Face instead" in caplog.text
     assert trainer.max_runs_in_a_pass == 1
     trainer.create("a", LoraSpec(4, seed=0))
