@@ -98,7 +98,7 @@ class PreviousTokens(EngineLayer):
         return self._shifted_in_sequences(x, cu_seqlens)
 
     @property
-    def engine_half(self) -> nn.Module | None:
+    def _engine_half(self) -> nn.Module | None:
         return self.cached
 
     def _from_cache(

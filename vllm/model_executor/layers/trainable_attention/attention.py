@@ -159,7 +159,7 @@ class TrainableAttention(EngineLayer):
             self.paged_later = nn.ModuleList(later)
 
     @property
-    def engine_half(self) -> nn.Module | None:
+    def _engine_half(self) -> nn.Module | None:
         return self.paged
 
     def forward(

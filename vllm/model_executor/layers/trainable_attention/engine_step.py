@@ -105,13 +105,13 @@ class EngineLayer(nn.Module):
         self.steps_are_marked = False
 
     @property
-    def engine_half(self) -> nn.Module | None:
+    def _engine_half(self) -> nn.Module | None:
         """The half with the engine's cache; None where no engine built this."""
         raise NotImplementedError
 
     def in_engine_step(self) -> bool:
         """Whether a call at this moment belongs to an engine and not to a trainer."""
-        if self.steps_are_marked or self.engine_half is None:
+        if self.steps_are_marked or self._engine_half is None:
             return current_step() is not None
         # Part of a model class that vLLM runs without our wrapper around it.
         return is_forward_context_available()
