@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vllm.compilation.registered_model import compile_if_possible
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.adapter.adapted import AdaptedModel, adapt
 from vllm.model_executor.models.adapter.adapter import Adapter
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
@@ -133,6 +133,16 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         if attributes.get("supports_torch_compile", True):
             model_cls = compile_if_possible(model_cls)
         return model_cls
+
+
+def factory_in(
+    model_config: ModelConfig, architecture: str
+) -> _CallableRegisteredModel | None:
+    """What a config carries for `architecture`; None if that is no callable."""
+    carried = model_config.registered_callables.get(architecture)
+    if carried is None:
+        return None
+    return getattr(carried.load_model_cls(), "_registration", None)
 
 
 @dataclass(frozen=True)
