@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ def register(architecture: str, factory: Callable[..., nn.Module]) -> None:
             "written for vLLM; register a function that builds it: lambda vllm_config, "
             f"parallel_context: {factory.__name__}(...)."
         )
-    ModelRegistry.register_model(architecture, factory)
+    ModelRegistry.register_model(architecture, cast(Callable[..., nn.Module], factory))
 
 
 def widest_embedding(module: nn.Module) -> int:
