@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""examples/chain.py: a stock model through training, serving, rewards and an adapter."""
+"""examples/chain.py: a stock model is trained, served, reinforced and adapted."""
 
 import json
 import subprocess
