@@ -173,7 +173,7 @@ def _set_environment(name: str, value: str | None) -> None:
 
 
 def _read_environment_again() -> None:
-    """Has vLLM forget what it keeps of the environment since an engine was started."""
+    """Empty vLLM's cache of environment variables, which an engine's start filled."""
     if envs._is_envs_cache_enabled():
         envs.disable_envs_cache()
         envs.enable_envs_cache()
