@@ -49,7 +49,10 @@ def _upstream() -> Any:
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
                 raise
-    raise ModuleNotFoundError(f"vLLM has none of {', '.join(MODULES)}.")
+    raise ModuleNotFoundError(
+        f"vLLM has none of {', '.join(MODULES)}; expected one, with the "
+        "batch-invariant operators. Use a release of vLLM that this package supports."
+    )
 
 
 _lock = threading.Lock()

@@ -78,7 +78,7 @@ def _load_from_package(directory: Path, reference: str) -> Any:
     if not (directory / f"{file}.py").is_file():
         raise ValueError(
             f"config.json names {reference} as its model, in auto_map, but there is no "
-            f"{file}.py in {directory}."
+            f"{file}.py in {directory}. Add the file, or correct auto_map."
         )
     digest = hashlib.sha256(str(directory.resolve()).encode())
     for path in sorted(directory.rglob("*.py")):

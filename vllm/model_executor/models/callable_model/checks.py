@@ -58,7 +58,7 @@ def check_signature(architecture: str, factory: Any) -> bool:
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         raise TypeError(
             f"{architecture}: {factory.__name__} is a model class, which declares its "
-            "capabilities itself, as class attributes."
+            "capabilities itself, as class attributes. Register it without keywords."
         )
     if isinstance(factory, nn.Module):
         raise TypeError(
@@ -86,7 +86,8 @@ def check_signature(architecture: str, factory: Any) -> bool:
     except TypeError as error:
         raise TypeError(
             f"{architecture}: the {name_of(factory)} has the signature {signature}, "
-            f"but is called as factory(vllm_config, parallel_context): {error}."
+            f"but is called as factory(vllm_config, parallel_context): {error}. Give "
+            "it two positional parameters."
         ) from None
     return takes_prefix
 

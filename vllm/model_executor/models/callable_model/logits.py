@@ -80,7 +80,8 @@ def logits_function(
         if not fits or logits.shape[1] < vocab_size:
             raise ValueError(
                 f"{architecture}: logits have shape {list(logits.shape)}; expected "
-                f"[{tokens}, {vocab_size}], as the config's vocab_size says."
+                f"[{tokens}, {vocab_size}], as the config's vocab_size says. Make the "
+                "output head as wide as that, or correct vocab_size."
             )
         return logits[:, :vocab_size]  # a head may be padded to a multiple of TP
 

@@ -186,7 +186,7 @@ class CallableModelWrapper(nn.Module):
         raise NotImplementedError(
             f"{self._arch}: prompt embeddings and multimodal inputs need "
             f"embed_input_ids(self, input_ids) on {type(self.module).__name__}, "
-            "which has neither that nor get_input_embeddings()."
+            "which has neither that nor get_input_embeddings(). Add one of them."
         )
 
     def forward(
