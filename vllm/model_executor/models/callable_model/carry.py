@@ -73,7 +73,7 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
 
 def _forget_resolved_classes() -> None:
     """Empty vLLM's caches of classes, which keep replaced registrations alive."""
-    # `_supports_kw` is filled by support_torch_compile's `__init__`.
+    # support_torch_compile's `__init__` fills `_supports_kw` with model classes.
     for cache in (_try_load_model_cls, _try_inspect_model_cls, _supports_kw):
         cache.cache_clear()
     _MODEL_ARCH_BY_HASH.clear()
