@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Blocks that travel whole, or as those of their elements that have changed.
+"""Sends a block whole, or only those of its elements that have changed.
 
 A source keeps the bits that it sent last, in the dtype that is served, and compares.
 What a target then has is bit for bit what a whole block would have given it, which a
 checksum over the whole block proves.
 
-Of a changed block travel the flat indices, int32 `[changed]`, and from the next
-multiple of 8 bytes on the new values, `[changed]`.
+A changed block travels as the flat indices of the changed elements, int32
+`[changed]`, and then their new values, `[changed]`, which begin at the next multiple of
+8 bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vllm.distributed.weight_sync.blocks import (
 )
 from vllm.distributed.weight_sync.traffic import Block
 
-WHOLE = -1  # the count of a block of which all elements travel
+WHOLE = -1  # in the place of a count: all elements of the block travel
 _MAX_INDEX = torch.iinfo(torch.int32).max
 
 

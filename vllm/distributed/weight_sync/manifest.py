@@ -111,7 +111,7 @@ def manifest_of(names: ModuleNames, device: torch.device) -> Manifest:
 
 
 def _wanted(layout: Layout) -> Layout:
-    """All of a tensor whose parts only the layer's own loader knows."""
+    """The whole tensor, where only the layer's own loader knows which part it needs."""
     if layout.boxes:
         return layout
     zeros = (0,) * len(layout.shape)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whole tensors, by name, into the shards of a module: all at first, any part later."""
+"""Loads whole tensors by name into a module's shards: first all, later any part."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ModuleWeights:
         )
 
     def finish_first_load(self) -> None:
-        """Later loads may be partial, also after one that was not done here."""
+        """Allow partial loads from now on, also if the first one was not done here."""
         self._loaded = True
 
     def require_whole(self) -> None:
@@ -259,7 +259,7 @@ class _Load:
         return entry
 
     def _check_elsewhere(self, name: str, whole: torch.Tensor) -> None:
-        """Of a tensor that other ranks take, so that all of them refuse the same."""
+        """Check a tensor that only other ranks take, so that all raise one error."""
         plain = without_wrappers(name)
         known = next((n for n in (name, plain) if n in self._elsewhere), None)
         if known is None:
@@ -268,7 +268,7 @@ class _Load:
             self._misshaped.append(_misshaped(name, whole, shape))
 
     def _compare(self, entry: Entry, name: str, whole: torch.Tensor) -> None:
-        """Of names that share one tensor, all have to bring the same."""
+        """Note a conflict if two names of one tensor bring different values."""
         first, kept = self._given[id(entry)]
         if kept is not None:
             same = _same(kept, whole)

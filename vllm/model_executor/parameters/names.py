@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The tensors that a checkpoint of a module holds, and every name that each goes by.
+"""The tensors that a checkpoint of a module holds, with all names of each.
 
 A tensor may have several names: tied weights have one for each place, and wrappers, as
 for activation checkpointing, give it one in `state_dict()` and another in
@@ -197,7 +197,7 @@ class ModuleNames:
         return next((h for h in self.hooked if name.startswith(h.prefix)), None)
 
     def packed_together(self, layer: nn.Module) -> dict[str, Entry]:
-        """By attribute, what a layer that packs its weights has to get in one load."""
+        """By attribute, the tensors that a packing layer has to get in one load."""
         return {
             leaf: entry
             for leaf, entry in self._leaves.get(layer, {}).items()

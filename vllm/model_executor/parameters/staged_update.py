@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""New values for the parts of tensors that this rank holds, all at once."""
+"""Keeps an update of this rank's parts of all tensors aside until it is complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOST_ROOM = 1.1  # staging lies on the host unless the device has so much more t
 
 
 class LocalUpdate:
-    """Where an update of all tensors is put, until it becomes the model's weights.
+    """Holds an update of all tensors until it becomes the model's weights.
 
     Args:
         weights: The module's.

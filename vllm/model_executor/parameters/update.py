@@ -4,7 +4,7 @@
 
 An update is all loads between two steps of the engine: one call with everything, or one
 for each tensor. What fails before anything has changed leaves the old weights; what
-fails later leaves a mixture, until every tensor was loaded anew.
+fails later leaves a mixture, until every tensor has been loaded again.
 """
 
 from __future__ import annotations

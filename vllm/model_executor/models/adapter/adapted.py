@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A user's module as it stands, with what vLLM asks of a model."""
+"""Serves a user's unchanged module: forward, logits and attention layers for vLLM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AdaptedModel:
     Args:
         module: What the factory built, on its device. It stays as it is, but for hooks
             that do nothing elsewhere.
-        seen: What it does.
+        seen: What the trial showed of its forward.
         adapter: What the user has said.
         vllm_config: The engine's config.
 

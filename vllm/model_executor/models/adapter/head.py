@@ -18,7 +18,7 @@ from .trial import HeadCall
 
 @dataclass(frozen=True)
 class _Made:
-    """In the place of a tensor: the result of an earlier call; -1 for the product."""
+    """Stands for the result of an earlier call, by its index; -1 is the product."""
 
     index: int
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A module that is tried before it serves: what is seen, and whether that is all."""
+"""Tries a module before it serves, notes what it does, and checks the notes."""
 
 from __future__ import annotations
 
@@ -268,10 +268,10 @@ def _check_tokens_are_apart(
     run: _Run,
     lengths: tuple[int, int],
 ) -> None:
-    """Without attention a token's result is its own, whatever is beside it.
+    """Check that without attention no token's result depends on other tokens.
 
     Raises:
-        UnservableError: It is not.
+        UnservableError: Some token's result does.
 
     """
     device = run.result.device
@@ -294,7 +294,7 @@ def _check_tokens_are_apart(
     distance = (routed.float() - expected.float()).abs().amax(-1)
     rounding = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     bound = rounding * expected.float().abs().amax()
-    # A router of experts may choose others for a few tokens, for rounding's sake.
+    # By rounding, a router may choose other experts for a few tokens.
     if int((distance > bound).sum()) * 4 > fewer:
         raise UnservableError(
             "tokens depend on other tokens outside attention, as by a convolution, a "

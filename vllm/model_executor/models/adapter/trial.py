@@ -18,7 +18,7 @@ from .masks import UnknownMaskError, window_of
 from .sites import Running, Site, line_of_model
 from .tables import Tables, sliced_axis
 
-# The origins of all that is computed from tokens, and from the positions beside them.
+# Marks of values that are computed from the tokens, or from given positions.
 TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)

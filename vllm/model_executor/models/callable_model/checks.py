@@ -38,8 +38,8 @@ release.
 
 FORWARD = "forward(self, input_ids, positions) -> hidden states [tokens, hidden]"
 
-# How forward may take what the previous pipeline stage returned: vLLM's name for its
-# IntermediateTensors, and the usual one for hidden states in the place of embeddings.
+# Names of the argument by which forward takes what the previous pipeline stage
+# returned: vLLM's for IntermediateTensors, and the usual one for hidden states.
 STAGE_INPUTS = ("intermediate_tensors", "inputs_embeds")
 
 # Optional; vLLM's name and Hugging Face's.
@@ -58,7 +58,7 @@ def check_signature(architecture: str, factory: Any) -> bool:
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         raise TypeError(
             f"{architecture}: {factory.__name__} is a model class, which declares its "
-            "capabilities itself, as class attributes."
+            "capabilities itself, as class attributes. Register it without keywords."
         )
     if isinstance(factory, nn.Module):
         raise TypeError(
@@ -86,7 +86,8 @@ def check_signature(architecture: str, factory: Any) -> bool:
     except TypeError as error:
         raise TypeError(
             f"{architecture}: the {name_of(factory)} has the signature {signature}, "
-            f"but is called as factory(vllm_config, parallel_context): {error}."
+            f"but is called as factory(vllm_config, parallel_context): {error}. Give "
+            "it two positional parameters."
         ) from None
     return takes_prefix
 
@@ -160,7 +161,7 @@ def check_quantization(
     vllm_config: VllmConfig,
     context: ParallelContext,
 ) -> None:
-    """Quantization is what vLLM's layers do that are given its config.
+    """Check that some layer quantizes, if quantization was asked for.
 
     All pipeline stages call this together: one may have no layer that does it.
 
@@ -193,8 +194,8 @@ def check_same_on_all_ranks(
 ) -> None:
     """Compare the module's class and tensors with those of the tensor-parallel group.
 
-    Shapes are left out, as shards may be uneven, and with expert parallelism names are,
-    as each rank has its own experts.
+    Shapes are left out, because shards may be uneven. With expert parallelism names are
+    left out too, because each rank has its own experts.
 
     Raises:
         ValueError: rank 0 has another; the same on every rank.
@@ -269,7 +270,7 @@ def stage_input(
 
 
 def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
-    """Of the optional methods, only this one has no substitute in the wrapper."""
+    """Warn if there are no embeddings: the wrapper has no substitute for them."""
     if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
         logger.warning(
             "%s: %s has no embed_input_ids(self, input_ids). It is optional; without "
@@ -282,7 +283,7 @@ def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
 def check_takes_embeddings(
     architecture: str, module: nn.Module, keywords: frozenset[str] | None
 ) -> None:
-    """Prompt embeddings, once enabled, are how all requests reach the module.
+    """Check that the module takes embeddings: if enabled, all requests come as such.
 
     Raises:
         TypeError: it cannot give embeddings, or its forward cannot take them.

@@ -38,7 +38,7 @@ from .checks import check_capabilities, check_signature
 from .messages import name_of, unpicklable_part
 from .wrapper import CallableModelWrapper, pooler_of
 
-# Capabilities of models whose modules know vLLM, so that they are not tried.
+# A module with one of these capabilities was written for vLLM, so it is not tried.
 WITHOUT_ADAPTER = (
     "has_inner_state",
     "is_hybrid",
@@ -147,7 +147,7 @@ def factory_in(
 
 @dataclass(frozen=True)
 class _NamedRegisteredModel(_LazyRegisteredModel):
-    """`"module:name"` in the registry: a class, or a callable; known once imported.
+    """`"module:name"` in the registry; an import shows whether it is a class or not.
 
     Args:
         architecture: the name it is registered under.
@@ -157,8 +157,8 @@ class _NamedRegisteredModel(_LazyRegisteredModel):
     architecture: str
 
     def inspect_model_cls(self) -> _ModelInfo:
-        # vLLM's cache of what a module said of itself knows of changes to the module's
-        # own file only.
+        # Not vLLM's cache of such answers: it notices changes of the module's own file
+        # only.
         def inspect() -> _ModelInfo:
             return _ModelInfo.from_model_cls(self.load_model_cls())
 
@@ -169,7 +169,7 @@ class _NamedRegisteredModel(_LazyRegisteredModel):
 
     def load_model_cls(self) -> type[nn.Module]:
         target = getattr(importlib.import_module(self.module_name), self.class_name)
-        if isinstance(target, type):  # vLLM has some that are stubs, and no modules
+        if isinstance(target, type):  # some of vLLM's are stubs that are no modules
             return target
         return _CallableRegisteredModel(self.architecture, target, {}).load_model_cls()
 
@@ -216,8 +216,8 @@ def pickled(architecture: str, value: Any) -> bytes:
 def _unpickle(
     architecture: str, factory: bytes, capabilities: bytes
 ) -> _CallableRegisteredModel:
-    # A process that dies of an error here, before its first line, could tell nobody.
-    # It is raised when the model is built.
+    # An error here would end the process before it could report anything. So the error
+    # is kept, and raised when the model is built.
     declared = _loads(capabilities)
     if isinstance(declared, Unimportable):
         return _CallableRegisteredModel(architecture, declared, {})
@@ -239,7 +239,7 @@ def _loads(pickle: bytes) -> Any:
 
 
 class Unimportable:
-    """In the place of what this process cannot import; says so when it is called."""
+    """Stands for a callable that cannot be imported here; raises when it is called."""
 
     def __init__(self, error: Exception) -> None:
         self.cause = f"{type(error).__name__}: {error}"
@@ -276,7 +276,7 @@ def annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
 
 
 def interface_of(model_cls: type[nn.Module]) -> dict[str, Any]:
-    """The attributes by which `model_cls` tells vLLM what it can do, for a wrapper."""
+    """The attributes of `model_cls` that tell vLLM what it can do."""
     interface = {}
     for name in dir(model_cls):
         if hasattr(CallableModelWrapper, name) or name.startswith("__"):
@@ -304,5 +304,5 @@ def room_for_hidden_states(
 
 
 def on_module(name: str) -> property:
-    """An attribute that a class check finds and that an instance's module answers."""
+    """A property of the class whose value comes from the instance's module."""
     return property(lambda self: getattr(self.module, name))

@@ -165,7 +165,7 @@ def follow_style(part: nn.Module, style: Style, context: ParallelContext) -> Non
 
 
 def _add_hooks(part: nn.Module, style: Style, rank: int, size: int) -> None:
-    """Surround a module of any class, which computes what it did."""
+    """Put collectives around a module of any class, whose forward is not changed."""
     if style.takes == "share":
         part.register_forward_pre_hook(lambda _, args: (args[0] / size, *args[1:]))
     if style.gives == "summed":

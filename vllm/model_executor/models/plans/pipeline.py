@@ -129,7 +129,7 @@ class Boundary:
 
 
 class StandIn(nn.Module):
-    """What stands in the place of a module that another stage runs."""
+    """Base of the stubs for modules that another stage runs."""
 
     stage_boundary: Boundary
     layer_input: str
@@ -229,7 +229,7 @@ def cut_stage(
 def _missing(
     module: nn.Module, stages: Stages, context: ParallelContext
 ) -> dict[str, type[StandIn]]:
-    """What stands in for each module that this stage does not run, by its name."""
+    """The stub for each module that this stage does not run, by the module's name."""
     layers = list(module.get_submodule(stages.stack)._modules)
     for rank in range(context.pipeline_parallel_size):
         if not replace(context, pipeline_parallel_rank=rank).layer_range(len(layers)):

@@ -107,7 +107,7 @@ class Forwards:
         logprobs: list[Logprobs] = []
         for prompt, compared in zip(self.prompts, self._compared, strict=True):
             ids = prompt.to(self._device)
-            # A context, which vLLM's fused experts ask for, but no step of the engine.
+            # vLLM's fused experts need this context. It makes no engine step.
             with (
                 set_forward_context(
                     None, self._vllm_config, num_tokens=len(ids), skip_compiled=True
