@@ -237,7 +237,8 @@ def update_mixture(
         "some experts": lambda seed: mixture(seed, some),
     }
     for seed, (name, build) in enumerate(trainers.items(), start=1):
-        sync = WeightSync(build(seed), llm, timeout=120)
+        model = build(seed)
+        sync = WeightSync(model, llm, timeout=120)
         sync.update()
         sent = torch.tensor(sync.sent_bytes)
         dist.all_reduce(sent)
