@@ -116,7 +116,8 @@ def _bring_up_to_date(
     """
     items = 8 // new.itemsize  # in a word
     bits = INTEGERS[new.itemsize]
-    if len(new) % items or (new.storage_offset() | old.storage_offset()) % items:
+    starts = (len(new), new.storage_offset(), old.storage_offset())
+    if any(start % items for start in starts):
         indices = _where_different(new.view(bits), old.view(bits))
         values = new[indices]
         old[indices] = values

@@ -94,13 +94,14 @@ class FusedExperts:
         self._layer = layer
         self._parent = path.removesuffix("routed_experts")  # checkpoints have no such
         config = layer.moe_config
-        gate, up = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name
-        names = [gate, up] if config.is_act_and_mul else [gate]
+        names = [layer.ckpt_gate_proj_name]
+        if config.is_act_and_mul:
+            names.append(cast(str, layer.ckpt_up_proj_name))
         self._projections = {"w13": names, "w2": [layer.ckpt_down_proj_name]}
         self._ranks = config.moe_parallel_config.tp_size
         self._rank = config.moe_parallel_config.tp_rank
-        self._hidden = config.hidden_dim_unpadded
-        self._width = config.intermediate_size_per_partition_unpadded
+        self._hidden = cast(int, config.hidden_dim_unpadded)
+        self._width = cast(int, config.intermediate_size_per_partition_unpadded)
         self.refusal: str | None = None
         if why := _refusal(layer):
             self.refusal = (

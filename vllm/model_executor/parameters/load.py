@@ -403,8 +403,8 @@ class _Load:
                 # Divided since.
                 entry.layout = layout_of(tensor, owner, self._context)
             self.written |= entry.local_names
-            own = hasattr(tensor, "weight_loader") and place.part is None
-            if own and not isinstance(tensor, DTensor):
+            plain = place.part is None and not isinstance(tensor, DTensor)
+            if hasattr(tensor, "weight_loader") and plain:
                 tensor.weight_loader(tensor, whole)
             else:
                 entry.layout.load(local, whole)

@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from vllm.distributed import get_ep_group, get_pp_group
 from vllm.distributed.text_collectives import all_gather_text
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.experts import FusedExperts, Part, Stack, is_stacked
@@ -146,7 +147,7 @@ class ModuleNames:
         for path, owner, leaf, tensor in tensors_of(module):
             local_name = f"{path}.{leaf}" if path else leaf
             if is_stacked(owner, leaf):
-                experts = FusedExperts(path, owner)
+                experts = FusedExperts(path, cast(RoutedExperts, owner))
                 refusals[path] = experts.refusal
                 if experts.refusal is None:
                     for each in self._entries_of(experts, owner, leaf, local_name):
