@@ -212,6 +212,7 @@ PARALLEL = SimpleNamespace(
     head=ParallelLMHead,
     experts=Experts,
 )
+FUSED = SimpleNamespace(**vars(PARALLEL) | {"experts": FusedExperts})
 
 
 def build_plain(config: Any) -> Stage:
@@ -232,8 +233,7 @@ class FusedStage(Stage):
 
 def build_fused(vllm_config: Any, parallel_context: ParallelContext) -> FusedStage:
     """A mixture of experts with vLLM's fused layer."""
-    kind = SimpleNamespace(**vars(PARALLEL) | {"experts": FusedExperts})
-    return FusedStage(vllm_config.model_config.hf_config, parallel_context, kind)
+    return FusedStage(vllm_config.model_config.hf_config, parallel_context, FUSED)
 
 
 def build_dtensor(vllm_config: Any, parallel_context: ParallelContext) -> Stage:

@@ -98,7 +98,15 @@ class Manifest:
 
 
 def manifest_of(names: ModuleNames, device: torch.device) -> Manifest:
-    """Of a module's tensors. Shard i is of `names.held[i]`."""
+    """Of a module's tensors. Shard i is of `names.held[i]`.
+
+    Raises:
+        ValueError: where the parts of one lie cannot be told.
+
+    """
+    refusal = next((e.refusal for e in names.held if e.refusal is not None), None)
+    if refusal is not None:
+        raise ValueError(refusal)
     shards = [
         Shard(
             tuple(sorted({without_wrappers(name) for name in entry.names})),

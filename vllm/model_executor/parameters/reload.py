@@ -30,6 +30,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.parameters.experts import STACKED, is_plain
 
 try:
     from vllm.model_executor.model_loader.mtp_validation import (
@@ -129,6 +130,8 @@ def packed_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def is_loaded_in_place(layer: nn.Module, leaf: str) -> bool:
     """Whether `leaf` of a packed layer is used as it was loaded."""
+    if is_plain(layer):
+        return leaf not in STACKED
     return leaf == "bias" and _is_unquantized(layer)
 
 
