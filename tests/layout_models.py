@@ -28,6 +28,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.trainable_experts import TrainableExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -148,6 +149,20 @@ class Experts(nn.Module):
         return torch.cat(parts), int(sum(counts[:rank]))
 
 
+def build_experts(config: Any, context: ParallelContext, index: int) -> nn.Module:
+    """The layer above, or vLLM's that has the same bits in every layout."""
+    if not getattr(config, "trainable_experts", False):
+        return Experts(config, context, index)
+    return TrainableExperts(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        context,
+        layer_id=index,
+    )
+
+
 class FusedExperts(nn.Module):
     """The same by vLLM's fused layer, which divides the experts itself."""
 
@@ -234,7 +249,7 @@ PLAIN = SimpleNamespace(
     column=nn.Linear,
     row=nn.Linear,
     head=lambda vocab, hidden: nn.Linear(hidden, vocab, bias=False),
-    experts=Experts,
+    experts=build_experts,
 )
 PARALLEL = SimpleNamespace(
     embedding=VocabParallelEmbedding,
@@ -242,7 +257,7 @@ PARALLEL = SimpleNamespace(
     column=partial(ColumnParallelLinear, return_bias=False),
     row=partial(RowParallelLinear, return_bias=False),
     head=ParallelLMHead,
-    experts=Experts,
+    experts=build_experts,
 )
 
 
