@@ -15,6 +15,7 @@ import pytest
 import torch
 from layout_models import (
     CONFIG,
+    EXPERTS,
     PlannedStage,
     build_dtensor,
     build_megatron,
@@ -29,6 +30,10 @@ from torch.distributed.fsdp import fully_shard
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.layers.trainable_attention import packed_sequences
+from vllm.model_executor.layers.trainable_experts import (
+    TrainableExperts,
+    recorded_routing,
+)
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.models.callable_model.logits import logits_function
 from vllm.model_executor.models.plans.whole import sum_as_divided
@@ -51,6 +56,11 @@ SMALL_CACHE = {"block_size": 32, "num_gpu_blocks_override": 6}
 ENGINES = {
     "tp1-compiled-small-cache": (BF16, build_plain, COMPILED | SMALL_CACHE),
     "pp2": (BF16, build_parallel, {"pipeline_parallel_size": 2}),
+    "experts-spread": (
+        BF16,
+        build_parallel,
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    ),
 }
 MORE_ENGINES = {
     "tp1-compiled-small-cache-float32": (FP32, build_plain, COMPILED | SMALL_CACHE),
@@ -71,26 +81,44 @@ MORE_ENGINES = {
     "dtensor-tp2": (BF16, build_dtensor, {"tensor_parallel_size": 2}),
     # Megatron adds biases to what it has rounded to bfloat16.
     "megatron-tp2-float32": (FP32, build_megatron, {"tensor_parallel_size": 2}),
+    "experts-tp1": (BF16, build_plain, {}),
+    "experts-tp2": (BF16, build_parallel, {"tensor_parallel_size": 2}),
+    "experts-tp2-pp2-float32": (
+        FP32,
+        build_parallel,
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ),
 }
 
 
-def checkpoint(folder: Path, dtype: torch.dtype):
+def checkpoint(folder: Path, dtype: torch.dtype, experts: bool):
     """The trainer's module, whose weights are saved in `folder`."""
     config = CONFIG | {"architectures": ["LayoutModel"], "dtype": str(dtype)[6:]}
+    if experts:
+        config |= EXPERTS | {"trainable_experts": True}
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    model = build_plain(SimpleNamespace(**CONFIG)).to(dtype)
+    model = build_plain(SimpleNamespace(**config)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
     save_file(model.state_dict(), folder / "model.safetensors")
-    return sum_as_divided(model, PlannedStage.tp_plan)
+    return told(model)
+
+
+def told(model):
+    """A whole module, which is told what engines divide."""
+    experts = any(isinstance(part, TrainableExperts) for part in model.modules())
+    plan = {
+        name: style
+        for name, style in PlannedStage.tp_plan.items()
+        if not (experts and "mlp" in name)  # experts know it
+    }
+    return sum_as_divided(model, plan)
 
 
 def build_whole(vllm_config, parallel_context):
-    """Plain layers, which are told what engines of other sizes divide."""
-    model = build_plain(vllm_config.model_config.hf_config)
-    return sum_as_divided(model, PlannedStage.tp_plan)
+    return told(build_plain(vllm_config.model_config.hf_config))
 
 
 def served(llm, temperature: float, prompt_logprobs: int | None):
@@ -148,14 +176,15 @@ def train_in_parallel(context) -> None:
     """FSDP2, and vLLM's layers at TP=2: the same two processes, one after the other."""
     folder = Path.cwd()
     results = json.loads((folder / "results.json").read_text())
-    dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    hf_config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+    dtype = getattr(torch, hf_config.dtype)
     weights = load_file(folder / "model.safetensors")
     device = current_platform.device_type
     rank = context.tensor_parallel_rank
     with set_default_torch_dtype(dtype), batch_invariant():
-        model = build_plain(SimpleNamespace(**CONFIG)).to(device)
+        model = build_plain(hf_config).to(device)
         model.load_state_dict(weights)
-        sum_as_divided(model, PlannedStage.tp_plan)
+        told(model)
         mesh = init_device_mesh(device, (2,))
         for layer in model.layers.values():
             fully_shard(layer, mesh=mesh)
@@ -167,9 +196,8 @@ def train_in_parallel(context) -> None:
         torch.cat(recomputed).mean().backward()
         assert_equal(mine, recomputed, "FSDP2")
         norms = [parameter.grad.norm() for parameter in model.parameters()]
-        assert all(0 < float(norm.full_tensor()) < 1e3 for norm in norms)
+        assert all(float(norm.full_tensor()) < 1e3 for norm in norms)
 
-        hf_config = SimpleNamespace(**CONFIG)
         config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
         model = build_parallel(config, context).to(device)
         load_full_checkpoint(model, weights.items(), context)
@@ -193,6 +221,33 @@ def compare(llm, model, folder: Path, monkeypatch) -> None:
     run_ranks(train_in_parallel, folder / "ranks", 2)
 
 
+def compare_routing(llm, model) -> None:
+    """Of a prompt that is one step; each rank and stage has the trainer's."""
+    prompt = PROMPTS[0][:30]
+    llm.reset_prefix_cache()
+    llm.apply_model(start_recording)
+    params = SamplingParams(max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    stages = llm.apply_model(stop_recording)
+    with batch_invariant(), torch.no_grad(), recorded_routing(model) as expected:
+        model(torch.tensor(prompt), torch.arange(len(prompt)))
+    assert set().union(*stages) == expected.keys()
+    for stage in stages:
+        for layer_id, chosen in stage.items():
+            assert torch.equal(chosen, expected[layer_id]), layer_id
+
+
+def start_recording(model) -> None:
+    recording = recorded_routing(model)
+    model.__dict__["recording"] = (recording, recording.__enter__())
+
+
+def stop_recording(model) -> dict[int, torch.Tensor]:
+    recording, routing = model.__dict__.pop("recording")
+    recording.__exit__(None, None, None)
+    return routing
+
+
 @pytest.fixture
 def engine(start, tmp_path, monkeypatch):
     """Starts an engine of a dtype, and returns it with the trainer's module."""
@@ -200,8 +255,8 @@ def engine(start, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
-    def start_engine(dtype, build, options):
-        model = checkpoint(tmp_path, dtype).to(current_platform.device_type)
+    def start_engine(dtype, build, options, experts=False):
+        model = checkpoint(tmp_path, dtype, experts).to(current_platform.device_type)
         build = build_whole if build is build_plain else build
         ModelRegistry.register_model("LayoutModel", build, supports_pp=True)
         options = {
@@ -246,12 +301,15 @@ def test_other_engines(case, engine, tmp_path, monkeypatch) -> None:
     if "megatron" in case:
         pytest.importorskip("megatron.core")
     dtype, build, options = (ENGINES | MORE_ENGINES)[case]
-    llm, model = engine(dtype, build, options)
+    experts = "experts" in case
+    llm, model = engine(dtype, build, options, experts)
     compare(llm, model, tmp_path, monkeypatch)
     if "small-cache" in case:
         assert counted(llm, "vllm:num_preemptions") > 0
     if "compiled" in case:
         assert all(llm.apply_model(is_compiled))
+    if experts:
+        compare_routing(llm, model)
 
 
 def is_compiled(model) -> bool:
