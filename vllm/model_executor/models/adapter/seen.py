@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from vllm.model_executor.models.plans.pipeline import is_run_here, run_stage
+from vllm.sequence import IntermediateTensors
+
 from .adapter import Adapter
 from .call_forms import CallForm, cannot_be_called, tensor_of
 from .calls import attend_to_self
@@ -46,6 +49,22 @@ class Seen:
     owners: frozenset[str]
     gives_logits: bool
     last_only: bool
+
+    def in_stage(self, module: nn.Module, is_last_stage: bool) -> Seen:
+        """What of this holds in a pipeline stage, which `module` has been cut to."""
+
+        def here(site: Site) -> bool:
+            table = site.function.partition("slice of ")[2]
+            paths = (site.path, table.rpartition(".")[0])
+            return all(is_run_here(module, path) for path in paths)
+
+        return replace(
+            self,
+            attention={s: seen for s, seen in self.attention.items() if here(s)},
+            origins={s: origin for s, origin in self.origins.items() if here(s)},
+            head=self.head if is_last_stage else None,
+            owners=frozenset(p for p in self.owners if is_run_here(module, p)),
+        )
 
     @property
     def cut(self) -> Site | None:
@@ -121,19 +140,25 @@ def run_routed(
     tables: Tables,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
-) -> torch.Tensor:
+    received: IntermediateTensors | None = None,
+) -> torch.Tensor | IntermediateTensors:
     """Hidden states, or logits where no head is known, `[tokens, width]`.
 
-    The module has `PathHooks` on `seen.owners`, or on all submodules.
+    The module has `PathHooks` on `seen.owners`, or on all submodules. A pipeline stage
+    takes what it received, and returns what the next one takes.
     """
     forward = Running(wants_masks=False)
     routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
     try:
         with run_as(forward), routing:
-            result = tensor_of(seen.form(module, input_ids, positions))
+            result = run_stage(
+                module, received, lambda: seen.form(module, input_ids, positions)
+            )
     except HiddenStatesReached as reached:
         result = reached.hidden_states
-    return result.flatten(0, -2)
+    if isinstance(result, IntermediateTensors):
+        return result
+    return tensor_of(result).flatten(0, -2)
 
 
 def _lengths(module: nn.Module, vocab_size: int, max_tokens: int) -> tuple[int, int]:
@@ -285,6 +310,7 @@ def _check_tokens_are_apart(
     ids = token_ids(tokens, run.trial.vocab_size, device)[order]
     attention = dict.fromkeys(seen.attention, attend_to_self)
     routed = run_routed(module, seen, attention, tables, ids, order)
+    assert isinstance(routed, torch.Tensor)  # it is not cut yet
     expected = alone[order]
     if routed.shape != expected.shape:
         raise UnservableError(

@@ -19,8 +19,9 @@ from torch import nn
 
 from vllm.compilation.registered_model import compile_if_possible
 from vllm.config import ModelConfig, VllmConfig
-from vllm.model_executor.models.adapter.adapted import AdaptedModel, adapt
+from vllm.model_executor.models.adapter.adapted import AdaptedModel, look
 from vllm.model_executor.models.adapter.adapter import Adapter
+from vllm.model_executor.models.adapter.seen import Seen
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.models.registry import (
     _BaseRegisteredModel,
@@ -84,15 +85,23 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallableRegisteredModel:
         return self  # immutable, and possibly not picklable
 
-    def adapted(
-        self, module: nn.Module, vllm_config: VllmConfig
-    ) -> AdaptedModel | None:
-        """A way to serve `module`, if it was not written for vLLM."""
+    def look(
+        self, module: nn.Module, vllm_config: VllmConfig, is_stage: bool = False
+    ) -> Seen | None:
+        """What `module` does, if it was not written for vLLM."""
         model_cls = self.load_model_cls()
         if any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER):
             return None
         attention_free = getattr(model_cls, "is_attention_free", False)
-        return adapt(module, self.adapter, vllm_config, attention_free)
+        return look(module, self.adapter, vllm_config, attention_free, is_stage)
+
+    def adapted(
+        self, module: nn.Module, vllm_config: VllmConfig, seen: Seen | None
+    ) -> AdaptedModel | None:
+        """A way to serve `module`, by what `look` has seen of it."""
+        if seen is None:
+            return None
+        return AdaptedModel(module, seen, self.adapter or Adapter(), vllm_config)
 
     @property
     def is_pooling_model(self) -> bool:

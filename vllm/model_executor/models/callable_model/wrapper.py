@@ -96,14 +96,15 @@ class CallableModelWrapper(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
-        module, self._constants = build_module(
-            arch, self._registration.factory, vllm_config, prefix
+        registration = self._registration
+        module, self._constants, seen = build_module(
+            arch, registration.factory, vllm_config, prefix, registration.look
         )
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
-        self.adapted = self._registration.adapted(module, vllm_config)
+        self.adapted = registration.adapted(module, vllm_config, seen)
         if self.adapted is not None:
             self.full_forward = self.adapted.full_forward
             # In a table of the wrapper's own: the module gets no new children.
@@ -124,11 +125,13 @@ class CallableModelWrapper(nn.Module):
 
             self.adapter_sites = find_sites(module, self._context)
         self._problem: str | None = None
-        self._forward_keywords: frozenset[str] | None = frozenset()
+        self._forward_keywords: frozenset[str] | None = frozenset(
+            ["intermediate_tensors"]
+        )
         if self.adapted is None:
             self._forward_keywords = forward_keywords(arch, module)
         self._stage_input = None
-        if not self._context.is_first_stage:
+        if not self._context.is_first_stage and self.adapted is None:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
         if self._context.is_last_stage and not self._registration.is_pooling_model:
             if self._vocab_size < 1:  # a "module:callable" is known only now
@@ -238,8 +241,10 @@ class CallableModelWrapper(nn.Module):
                     f"Add {name}=None to it."
                 )
         if self.adapted is not None:
-            assert input_ids is not None  # of a first stage, without embeddings
-            hidden_states = self.adapted.forward(input_ids, positions)
+            assert input_ids is not None  # it takes no embeddings
+            hidden_states = self.adapted.forward(
+                input_ids, positions, intermediate_tensors
+            )
         else:
             hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):

@@ -111,8 +111,12 @@ def why_not(model: CallableModelWrapper, vllm_config: Any) -> str | None:
         > 1
     ):
         return "ranks divide the context"
-    if model.full_forward is not None and parallel.pipeline_parallel_size > 1:
-        return "its own code does not run as pipeline stages"
+    if (
+        model.adapted is not None
+        and model.adapted.seen.last_only
+        and parallel.pipeline_parallel_size > 1
+    ):
+        return "its stages compute the logits of the last token only"
     ours = engine_halves(model.module)
     for name, part in model.module.named_modules():
         if isinstance(part, AttentionLayerBase) and part not in ours:

@@ -118,6 +118,13 @@ class Forwards:
         return logprobs
 
     def _own_logprobs(self, ids: torch.Tensor, compared: list[int]) -> Logprobs:
+        adapted = self.model.adapted
+        if adapted is not None and get_pp_group().world_size > 1:
+            logits = self._through_stages(partial(adapted.stage_forward, ids))
+            if not isinstance(logits, torch.Tensor):
+                return None
+            vocab_size = self._vllm_config.model_config.get_vocab_size()
+            return _log_softmax(logits[compared, :vocab_size])
         if self.model.full_forward is not None:
             vocab_size = self._vllm_config.model_config.get_vocab_size()
             return _log_softmax(self.model.full_forward(ids)[compared, :vocab_size])
