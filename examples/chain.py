@@ -4,10 +4,10 @@
 
     python examples/chain.py
 
-Transformers' own Llama is registered by one line. It is taught to reverse digits, served
-by `vllm serve`, trained on by rewards while it serves, and then given an adapter for a
-second task by Tinker's client. At each joint the log-probabilities of both sides are
-compared. Takes a few minutes on two CPU cores.
+Transformers' own Llama is registered by one line. It is taught to reverse digits,
+served by `vllm serve`, trained on by rewards while it serves, and then given an adapter
+for a second task by Tinker's client. At each joint the log-probabilities of both sides
+are compared. Takes a few minutes on two CPU cores.
 """
 # ruff: noqa: E402
 
