@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +122,7 @@ class TrainableExperts(RoutedLayer):
             tokens = collectives.copy(tokens, group)
         leaves = number_of_leaves(self.intermediate_size, self.split)
         parts, places = [], []
+        expert: Any  # nn.Module has no item access
         # Experts without a token are called, too: FSDP waits for all gradients.
         for index, expert in self.experts.items():
             token, slot = (chosen == int(index)).nonzero(as_tuple=True)
@@ -141,10 +142,10 @@ class TrainableExperts(RoutedLayer):
             flat = collectives.all_reduce(flat, group)
         return flat.view(*chosen.shape, -1)
 
-    def _inside(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _inside(self, expert: Any, x: torch.Tensor) -> torch.Tensor:
         # [tokens, hidden] -> [tokens, intermediate of this rank]
-        gate = linear(x, expert["gate_proj"].weight)  # type: ignore[index]
-        return F.silu(gate) * linear(x, expert["up_proj"].weight)  # type: ignore[index]
+        gate = linear(x, expert["gate_proj"].weight)
+        return F.silu(gate) * linear(x, expert["up_proj"].weight)
 
 
 def _expert(hidden: int, intermediate: int, split: int) -> nn.ModuleDict:
@@ -159,7 +160,8 @@ def _expert(hidden: int, intermediate: int, split: int) -> nn.ModuleDict:
     )
     if split > 1:
         for name, part in expert.items():
-            setattr(part.weight, MARK, True)
-            part.weight.partition_dim = int(name == "down_proj")
-            part.weight.partition_stride = 1
+            weight: Any = part.weight
+            setattr(weight, MARK, True)
+            weight.partition_dim = int(name == "down_proj")
+            weight.partition_stride = 1
     return expert
