@@ -96,6 +96,8 @@ class CallableModelWrapper(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
+        known = vllm_config.compilation_config.static_forward_context
+        of_others = set(known)  # of a draft's target, say
         module, self._constants = build_module(
             arch, self._registration.factory, vllm_config, prefix
         )
@@ -144,6 +146,8 @@ class CallableModelWrapper(nn.Module):
         self._logits_seen = False
         self.attention_calls = AttentionCalls()
         self.was_tried = False
+        layers = {name: known[name] for name in known if name not in of_others}
+        self._registration.check_built(module, layers, vllm_config, self._context)
         use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
