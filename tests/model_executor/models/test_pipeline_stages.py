@@ -32,6 +32,7 @@ def on_stage(monkeypatch):
         # The other stage is not there to say which weights it has.
         monkeypatch.setattr(load, "_shapes_on_all_ranks", lambda shapes, _: shapes)
         model_config = SimpleNamespace(
+            runner_type="generate",
             get_vocab_size=lambda: 8,
             get_hidden_size=lambda: HIDDEN,
             get_total_num_hidden_layers=lambda: num_layers,

@@ -72,6 +72,7 @@ def wrap(monkeypatch):
             get_vocab_size=lambda: VOCAB,
             get_hidden_size=lambda: HIDDEN,
             max_model_len=64,
+            runner_type="generate",
             dtype=dtype,
             enable_prompt_embeds=embeds,
             quantization="fp8" if quant_config else None,

@@ -132,7 +132,9 @@ class CallableModelWrapper(nn.Module):
         self._stage_input = None
         if not self._context.is_first_stage:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
-        if self._context.is_last_stage and not self._registration.is_pooling_model:
+        # Also a model that generates may be pooled: vLLM then takes its head away.
+        self._pools = vllm_config.model_config.runner_type == "pooling"
+        if self._context.is_last_stage and not self._pools:
             if self._vocab_size < 1:  # of a "module:callable", known only now
                 check_config(vllm_config.model_config, generates=True)
             of_module = None if self.adapted is None else self.adapted.logits_function
@@ -373,8 +375,7 @@ class CallableModelWrapper(nn.Module):
         def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received)
-            pooling = self._registration.is_pooling_model
-            if isinstance(hidden_states, torch.Tensor) and not pooling:
+            if isinstance(hidden_states, torch.Tensor) and not self._pools:
                 self.compute_logits(hidden_states)
 
         with (
