@@ -47,7 +47,9 @@ def on_stage(monkeypatch):
             parallel_config=ParallelConfig(pipeline_parallel_size=2),
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
-            compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+            compilation_config=SimpleNamespace(
+                mode=CompilationMode.NONE, static_forward_context={}
+            ),
             lora_config=None,
         )
         registered = _CallableRegisteredModel(
