@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping
-from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
@@ -19,8 +16,6 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.adapter.adapter import Adapter
-from vllm.model_executor.models.registry import _ModelInfo
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
@@ -44,8 +39,6 @@ STAGE_INPUTS = ("intermediate_tensors", "inputs_embeds")
 
 # Optional; vLLM's name and Hugging Face's.
 INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
-
-ADAPTER_CAPABILITIES = ("supports_lora", "packed_modules_mapping", "embedding_modules")
 
 
 def check_signature(architecture: str, factory: Any) -> bool:
@@ -90,31 +83,6 @@ def check_signature(architecture: str, factory: Any) -> bool:
             "it two positional parameters."
         ) from None
     return takes_prefix
-
-
-def check_capabilities(
-    architecture: str, capabilities: Mapping[str, Any], adapter: Any = None
-) -> None:
-    if adapter is not None and not isinstance(adapter, Adapter):
-        raise TypeError(
-            f"{architecture}: adapter is {describe(adapter)}; expected an Adapter of "
-            "vllm.model_executor.models.adapter."
-        )
-    known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
-    known |= {"supports_torch_compile"}
-    for name in capabilities:
-        if name in ADAPTER_CAPABILITIES:
-            raise TypeError(
-                f"{architecture}: {name!r} declares adapters, which every registered "
-                "callable can have: its linear layers and embeddings are found. Leave "
-                "it out."
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-            raise TypeError(
-                f"{architecture}: {name!r} is not a capability that vLLM asks for; "
-                f"did you mean {', '.join(near)}?"
-            )
 
 
 # What vLLM takes from config.json. A model may do without the others.

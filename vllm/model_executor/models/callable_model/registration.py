@@ -35,7 +35,14 @@ from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel
 
 from .build import ModelFactory
-from .checks import check_capabilities, check_signature
+from .capabilities import BY_NAME
+from .checks import check_signature
+from .declarations import (
+    check_capabilities,
+    check_class,
+    check_layers,
+    check_module,
+)
 from .messages import name_of, unpicklable_part
 from .wrapper import CallableModelWrapper, pooler_of
 
@@ -75,6 +82,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         check_capabilities(architecture, self.capabilities, self.adapter)
         if not isinstance(factory, str):
             check_signature(architecture, factory)
+        # Code of a model's directory is not imported before a worker asks for it.
+        if not isinstance(factory, AutoMapModel):
+            self._interface()
 
     def __reduce__(self) -> tuple[Any, ...]:
         factory = pickled(self.architecture, self.factory)
@@ -103,6 +113,24 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             return None
         return AdaptedModel(module, seen, self.adapter or Adapter(), vllm_config)
 
+    def check_built(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Any],
+        vllm_config: VllmConfig,
+        context: ParallelContext,
+    ) -> None:
+        """Whether what is declared is true of `module` and of its `layers` of vLLM's.
+
+        Raises:
+            TypeError: `module` lacks something.
+            ValueError: its layers differ from what is declared.
+
+        """
+        attributes, _ = self._interface()
+        check_module(self.architecture, attributes, module)
+        check_layers(self.architecture, attributes, layers, vllm_config, context)
+
     @property
     def is_pooling_model(self) -> bool:
         return bool(getattr(self.load_model_cls(), "is_pooling_model", False))
@@ -113,12 +141,15 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     def load_model_cls(self) -> type[CallableModelWrapper]:
         return self._model_cls
 
-    @functools.cached_property
-    def _model_cls(self) -> type[CallableModelWrapper]:
-        """The wrapper class whose instances `factory` builds.
+    def _interface(self) -> tuple[dict[str, Any], type[nn.Module] | None]:
+        """What the model's class has for vLLM, and the class that the factory names.
 
         What the caller declared wins over the factory's return annotation, and that
         over the wrapper's defaults.
+
+        Raises:
+            TypeError: what is declared needs more.
+
         """
         attributes: dict[str, Any] = {}
         annotated = None
@@ -129,7 +160,15 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             plans = (getattr(annotated, name, None) for name in ("pp_plan", "_pp_plan"))
             if any(plans):
                 attributes.setdefault("supports_pp", True)
-        attributes |= self.capabilities
+        for name, value in self.capabilities.items():
+            attributes[BY_NAME[name].attribute or name] = value
+        check_class(self.architecture, attributes, annotated)
+        return attributes, annotated
+
+    @functools.cached_property
+    def _model_cls(self) -> type[CallableModelWrapper]:
+        """The wrapper class whose instances `factory` builds."""
+        attributes, annotated = self._interface()
         if attributes.get("supports_pp"):
             attributes["make_empty_intermediate_tensors"] = room_for_hidden_states
         if attributes.get("is_pooling_model"):

@@ -97,6 +97,8 @@ class CallableModelWrapper(nn.Module):
         super().__init__()
         arch = self._registration.architecture
         registration = self._registration
+        known = vllm_config.compilation_config.static_forward_context
+        of_others = set(known)  # such as a draft model's target
         module, self._constants, seen = build_module(
             arch, registration.factory, vllm_config, prefix, registration.look
         )
@@ -133,7 +135,9 @@ class CallableModelWrapper(nn.Module):
         self._stage_input = None
         if not self._context.is_first_stage and self.adapted is None:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
-        if self._context.is_last_stage and not self._registration.is_pooling_model:
+        # Also a model that generates may be pooled: vLLM then takes its head away.
+        self._pools = vllm_config.model_config.runner_type == "pooling"
+        if self._context.is_last_stage and not self._pools:
             if self._vocab_size < 1:  # a "module:callable" is known only now
                 check_config(vllm_config.model_config, generates=True)
             of_module = None if self.adapted is None else self.adapted.logits_function
@@ -147,6 +151,8 @@ class CallableModelWrapper(nn.Module):
         self._logits_seen = False
         self.attention_calls = AttentionCalls()
         self.was_tried = False
+        layers = {name: known[name] for name in known if name not in of_others}
+        self._registration.check_built(module, layers, vllm_config, self._context)
         use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
@@ -374,8 +380,7 @@ class CallableModelWrapper(nn.Module):
         def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received)
-            pooling = self._registration.is_pooling_model
-            if isinstance(hidden_states, torch.Tensor) and not pooling:
+            if isinstance(hidden_states, torch.Tensor) and not self._pools:
                 self.compute_logits(hidden_states)
 
         with (
