@@ -249,9 +249,15 @@ def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
 
 
 def check_takes_embeddings(
-    architecture: str, module: nn.Module, keywords: frozenset[str] | None
+    architecture: str, module: nn.Module, keywords: frozenset[str] | None, why: str
 ) -> None:
-    """Check that the module takes embeddings: if enabled, all requests come as such.
+    """Embeddings are how all requests reach a module that takes more than tokens.
+
+    Args:
+        architecture: the registered name.
+        module: what the factory built.
+        keywords: of its forward; None for any.
+        why: it has to take them, as a clause.
 
     Raises:
         TypeError: it cannot give embeddings, or its forward cannot take them.
@@ -266,7 +272,6 @@ def check_takes_embeddings(
         wanted.append("inputs_embeds=None to forward, which takes them for input_ids")
     if wanted:
         raise TypeError(
-            f"{architecture}: prompt embeddings are enabled, but "
-            f"{type(module).__name__} cannot take them. Add {' and '.join(wanted)}; or "
-            "start without enable_prompt_embeds."
+            f"{architecture}: {why}, but {type(module).__name__} cannot take "
+            f"embeddings. Add {' and '.join(wanted)}."
         )

@@ -44,6 +44,7 @@ from .declarations import (
     check_module,
 )
 from .messages import name_of, unpicklable_part
+from .multimodal import inputs_of, multimodal_class
 from .wrapper import CallableModelWrapper, pooler_of
 
 # A module with one of these capabilities was written for vLLM, so it is not tried.
@@ -65,7 +66,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             `"module:name"` is imported there and not before.
         capabilities: answers to vLLM's questions about the model, by the names they
             have on vLLM's model interfaces (`supports_pp`, `is_pooling_model`, ...);
-            and `adapter`, an `Adapter` for a module that was not written for vLLM.
+            `adapter`, an `Adapter` for a module that was not written for vLLM; and
+            `multimodal`, one or more `Modality` that the model takes beside text.
 
     """
 
@@ -79,6 +81,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         self.factory = factory
         self.capabilities = dict(capabilities)
         self.adapter: Adapter | None = self.capabilities.pop("adapter", None)
+        self.multimodal = inputs_of(
+            architecture, self.capabilities.pop("multimodal", None)
+        )
         check_capabilities(architecture, self.capabilities, self.adapter)
         if not isinstance(factory, str):
             check_signature(architecture, factory)
@@ -88,7 +93,11 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         factory = pickled(self.architecture, self.factory)
-        declared = {**self.capabilities, "adapter": self.adapter}
+        declared = {
+            **self.capabilities,
+            "adapter": self.adapter,
+            "multimodal": self.multimodal,
+        }
         capabilities = pickled(self.architecture, declared)
         return _unpickle, (self.architecture, factory, capabilities)
 
@@ -175,9 +184,13 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             attributes["pooler"] = property(pooler_of)
             if annotated is None or not hasattr(annotated, "compute_logits"):
                 attributes["compute_logits"] = None
+        multimodal = self.multimodal or inputs_of(
+            self.architecture, attributes.pop("multimodal", None)
+        )
         attributes["_registration"] = self
         attributes["__module__"] = __name__
-        model_cls = type(self.architecture, (CallableModelWrapper,), attributes)
+        base = multimodal_class(multimodal) if multimodal else CallableModelWrapper
+        model_cls = type(self.architecture, (base,), attributes)
         if attributes.get("supports_torch_compile", True):
             model_cls = compile_if_possible(model_cls)
         return model_cls

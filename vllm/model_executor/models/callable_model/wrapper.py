@@ -156,7 +156,8 @@ class CallableModelWrapper(nn.Module):
         use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
-            check_takes_embeddings(arch, module, self._forward_keywords)
+            why = "prompt embeddings are enabled"
+            check_takes_embeddings(arch, module, self._forward_keywords, why)
         elif self._context.is_first_stage and self.adapted is None:
             warn_without_embeddings(arch, module)
 
