@@ -123,7 +123,7 @@ def megatron_model(base: Any) -> MegatronModel:
     load_full_checkpoint(model, Names(config).tensors(weights).items(), context)
     dtype = base.dtype
     model = model.to(base.device, dtype).eval().requires_grad_(False)
-    check_logits(base, model, "is built with Megatron")
+    check_logits(base, model, "it is built with Megatron")
     return model
 
 

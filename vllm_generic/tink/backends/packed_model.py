@@ -103,7 +103,7 @@ def pack(model: Any) -> PackedModel:
 
     """
     packed = PackedModel(copy_sharing_parameters(model)).eval()
-    check_logits(model, packed, "has its sequences packed")
+    check_logits(model, packed, "its sequences are packed")
     return packed
 
 
@@ -113,7 +113,7 @@ def check_logits(model: Any, module: Any, how: str) -> None:
     Args:
         model: the Hugging Face model.
         module: has `compute_logits` too.
-        how: what `module` is, for the error.
+        how: when the logits are those of `module`, for the error.
 
     Raises:
         ValueError: it computes other logits.
@@ -128,7 +128,7 @@ def check_logits(model: Any, module: Any, how: str) -> None:
     limit = 1e-4 if expected.dtype == torch.float32 else 0.05
     if not error < limit:
         raise ValueError(
-            f"{type(model).__name__} computes other logits when it {how}: they differ "
+            f"{type(model).__name__} computes other logits when {how}: they differ "
             f"by {float(error):.2g} of their norm, expected at most {limit}."
         )
 
