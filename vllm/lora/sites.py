@@ -116,6 +116,21 @@ def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
     return sites
 
 
+def experts_without_adapters(module: nn.Module, sites: dict[str, Site]) -> list[str]:
+    """Names of the experts' parameters in `module` that no adapter can change.
+
+    Those are parameters of all experts together, and experts that are layers of vLLM's
+    or Megatron's.
+    """
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.dim() >= 2
+        and _block_of_expert(name) is not None
+        and without_wrappers(name).rpartition(".")[0] not in sites
+    ]
+
+
 def _block_of_expert(name: str) -> str | None:
     """The name of the block of experts that has the layer `name`."""
     parts = name.split(".")
@@ -155,8 +170,18 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
             f"target_modules={config.target_modules!r} names "
             f"{', '.join(unknown) or 'nothing'} that is no linear layer or embedding "
             f"of the model; it has {', '.join(sites) or 'none'}."
+            f"{_about_experts(unknown)}"
         )
     return chosen
+
+
+def _about_experts(names: Iterable[str]) -> str:
+    if all(EXPERTS.isdisjoint(name.split(".")) for name in names):
+        return ""
+    return (
+        " Of experts only those that a block holds in a ModuleList or ModuleDict take "
+        "an adapter, not one parameter of all, and no layers of vLLM's or Megatron's."
+    )
 
 
 def unknown_module(name: str, known: Iterable[str]) -> ValueError:
@@ -165,4 +190,5 @@ def unknown_module(name: str, known: Iterable[str]) -> ValueError:
     return ValueError(
         f"The adapter changes {name}, which is no linear layer or embedding of the "
         f"model that gets every token; it has {', '.join(ends) or 'none'}."
+        f"{_about_experts([name])}"
     )

@@ -4,6 +4,7 @@
 
 import asyncio
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
+from vllm.lora.adapter_config import AdapterConfig
 from vllm_generic.tink.backends.base import (
     Batch,
     Datum,
@@ -124,6 +127,24 @@ def test_a_model_that_cannot_be_packed_is_trained_as_it_is(
     assert output.prompt_logprobs is not None
     assert (output.prompt_logprobs[1:] == found).all()
     sampler.close()
+
+
+def test_experts_that_are_left_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers keeps all experts of a block in one parameter."""
+    model = model_of(
+        Qwen3MoeConfig(
+            **SIZES, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+        )
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer = ModuleTrainer(pack(model), packed=True)
+    parameter = r"model\.layers\.0\.mlp\.experts\.\w+"
+    assert re.search(rf"the experts of this model \({parameter} and 3", caplog.text)
+    trainer.create("a", LoraSpec(4, seed=0))
+    assert not any("mlp" in name for name in trainer.export("a").factors)
+    config = AdapterConfig(4, target_modules=("layers.0.mlp.experts",))
+    with pytest.raises(ValueError, match="Of experts only those that a block holds in"):
+        trainer._trainer.add("b", config)
 
 
 def test_what_has_no_base_and_head_is_told() -> None:

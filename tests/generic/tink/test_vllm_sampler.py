@@ -11,9 +11,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tink_client import MODEL, TEXT, logprobs, train, training
 from tink_server import TinkServer
 from tinker import types
+from transformers import AutoModelForCausalLM
 
 from vllm_generic.tink import vllm_backend
 
@@ -40,6 +42,8 @@ def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
     assert choice["token_ids"] == list(sequence.tokens)
     assert complete(MODEL).json()["choices"][0]["token_ids"] != choice["token_ids"]
     _functions_for_servers(server, choice["text"])
+    _chat(server, http, sampler)
+    _adapter_of_peft(server, http)
     assert http.post("unload_lora_adapter", json={"lora_name": "mine"}).is_success
     assert complete("mine").status_code == 404
     for path, text in (("../elsewhere", "outside"), ("b", "does not exist")):
@@ -47,6 +51,53 @@ def _vllm_api_on_the_same_port(server: TinkServer, client: Any) -> None:
         assert answer.status_code == 400 and text in answer.json()["detail"]
     assert httpx.get(f"{server.url}/server_info").status_code == 404
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def _chat(server: TinkServer, http: httpx.Client, sampler: Any) -> None:
+    """With the template of the tokenizer, by the base and by an adapter."""
+    messages = [{"role": "user", "content": "to be or not to be"}]
+    body = {"messages": messages, "max_tokens": 6, "temperature": 0, "logprobs": True}
+    answers = {}
+    for model in (MODEL, "mine"):
+        answer = http.post("chat/completions", json=body | {"model": model})
+        answers[model] = answer.json()["choices"][0]
+        assert answers[model]["message"]["role"] == "assistant"
+    assert answers[MODEL]["message"] != answers["mine"]["message"]
+    tokens = httpx.post(f"{server.url}/tokenize", json=body | {"model": MODEL})
+    prompt = types.ModelInput.from_ints(tokens.json()["tokens"])
+    greedy = types.SamplingParams(max_tokens=6, temperature=0.0)
+    (expected,) = sampler.sample(prompt, 1, greedy).result().sequences
+    served = [token["logprob"] for token in answers["mine"]["logprobs"]["content"]]
+    assert served == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def _adapter_of_peft(server: TinkServer, http: httpx.Client) -> None:
+    """One that Hugging Face and PEFT have trained, elsewhere."""
+    base = AutoModelForCausalLM.from_pretrained(server.root / "tiny_model")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.tensor([TEXT])
+    for _ in range(8):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(server.root.parent / "peft")
+    load = {"lora_name": "from PEFT", "lora_path": "peft"}
+    assert http.post("load_lora_adapter", json=load).is_success
+    body = {"model": "from PEFT", "prompt": TEXT, "max_tokens": 1, "temperature": 0}
+    answer = http.post("completions", json=body | {"prompt_logprobs": 0}).json()
+    (choice,) = answer["choices"]
+    found = [
+        entry[str(token)]["logprob"]
+        for token, entry in zip(TEXT[1:], choice["prompt_logprobs"][1:], strict=True)
+    ]
+    log_probs = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+    expected = log_probs.gather(1, tokens[0, 1:, None])[:, 0].detach()
+    assert found == pytest.approx(expected.numpy(), abs=1e-4)
+    with model.disable_adapter():
+        plain = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+    assert (plain - log_probs).abs().max() > 1e-2
 
 
 def _functions_for_servers(server: TinkServer, expected: str) -> None:

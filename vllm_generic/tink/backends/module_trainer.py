@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,10 +22,13 @@ from vllm.lora.adapter_trainer import (
     AdapterTrainer,
     TrainingSequence,
 )
+from vllm.lora.sites import experts_without_adapters
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import Batch, BatchOutput, Datum, LoraSpec
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.losses import find_loss, loss_inputs
+
+logger = logging.getLogger(__name__)
 
 TOKENS_IN_A_PASS = 8192
 
@@ -69,6 +73,14 @@ class ModuleTrainer:
         self.max_runs_in_a_pass = 256 if packed else 1
         self._packed = packed
         self._trainer = AdapterTrainer(module, vocab_size=self.vocab_size, packed=True)
+        experts = experts_without_adapters(module, self._trainer.sites)
+        if experts:
+            logger.warning(
+                "adapters leave out the experts of this model (%s and %d more): they "
+                "are no linear layers",
+                experts[0],
+                len(experts) - 1,
+            )
         self._kinds = hf_model.kinds_of_layers(
             self._trainer.sites, module.get_output_embeddings()
         )
