@@ -54,19 +54,35 @@ class AdaptedModel:
         self.layers = nn.ModuleList(layers.values())
         PathHooks(module, seen.owners)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Hidden states `[tokens, width]` of `input_ids` and `positions`, `[tokens]`.
 
-        Where the head is not known they are logits.
+        Where the head is not known they are logits. `inputs_embeds`
+        `[tokens, hidden]` takes the place of `input_ids`.
         """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs = input_ids.long()
+        else:
+            inputs = inputs_embeds
         return run_routed(
             self.module,
             self.seen,
             self._attention,
             self._tables,
-            input_ids.long(),
+            inputs,
             positions.long(),
         )
+
+    @property
+    def keywords(self) -> frozenset[str]:
+        """What else `forward` can pass to the module."""
+        return self.seen.form.keywords(self.module)
 
     @property
     def logits_function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -119,10 +119,12 @@ def run_routed(
     seen: Seen,
     attention: Mapping[Site, Attend],
     tables: Tables,
-    input_ids: torch.Tensor,
+    inputs: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """Hidden states, or logits where no head is known, `[tokens, width]`.
+
+    `inputs` are token ids `[tokens]`, or embeddings `[tokens, hidden]`.
 
     The module has `PathHooks` on `seen.owners`, or on all submodules.
     """
@@ -130,7 +132,7 @@ def run_routed(
     routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
     try:
         with run_as(forward), routing:
-            result = tensor_of(seen.form(module, input_ids, positions))
+            result = tensor_of(seen.form(module, inputs, positions))
     except HiddenStatesReached as reached:
         result = reached.hidden_states
     return result.flatten(0, -2)

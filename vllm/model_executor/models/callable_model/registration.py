@@ -36,7 +36,7 @@ from vllm.transformers_utils.auto_map import AutoMapModel
 from .build import ModelFactory
 from .checks import check_capabilities, check_signature
 from .messages import name_of, unpicklable_part
-from .multimodal import inputs_of, multimodal_class
+from .multimodal import MultiModalCallableModel, inputs_of, multimodal_class
 from .wrapper import CallableModelWrapper, pooler_of
 
 # Capabilities of models whose modules know vLLM, so that they are not tried.
@@ -98,7 +98,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     ) -> AdaptedModel | None:
         """A way to serve `module`, if it was not written for vLLM."""
         model_cls = self.load_model_cls()
-        if any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER):
+        knows_vllm = any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER)
+        if knows_vllm and not issubclass(model_cls, MultiModalCallableModel):
             return None
         attention_free = getattr(model_cls, "is_attention_free", False)
         return adapt(module, self.adapter, vllm_config, attention_free)
