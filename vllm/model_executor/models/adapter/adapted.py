@@ -60,24 +60,36 @@ class AdaptedModel:
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         received: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """Hidden states `[tokens, width]` of `input_ids` and `positions`, `[tokens]`.
 
         Where the head is not known they are logits. A pipeline stage takes what it
-        received from the one before.
+        received from the one before. `inputs_embeds` `[tokens, hidden]` takes the place
+        of `input_ids`.
         """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs = input_ids.long()
+        else:
+            inputs = inputs_embeds
         return run_routed(
             self.module,
             self.seen,
             self._attention,
             self._tables,
-            input_ids.long(),
+            inputs,
             positions.long(),
             received,
         )
+
+    @property
+    def keywords(self) -> frozenset[str]:
+        """What else `forward` can pass to the module."""
+        return self.seen.form.keywords(self.module)
 
     @property
     def logits_function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -17,6 +17,8 @@ POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids")
 # Names of the argument for labels. Without labels, some models return the logits of
 # the last token only.
 LABELS = ("targets", "labels", "target")
+# What the libraries call the argument that takes embeddings in the place of tokens.
+EMBEDDINGS = "inputs_embeds"
 # Where an output object or a dictionary has its logits, or else its hidden states.
 RESULTS = ("logits", "last_hidden_state", "hidden_states")
 
@@ -47,7 +49,12 @@ class CallForm:
     def __call__(
         self, module: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor
     ) -> Any:
-        """What the module returns for `input_ids` and `positions`, both `[tokens]`."""
+        """What the module returns for `input_ids` and `positions`, both `[tokens]`.
+
+        Embeddings `[tokens, hidden]` in the place of `input_ids` go to the argument
+        `inputs_embeds` of the module.
+        """
+        embedded = input_ids.is_floating_point()
         if self.batched:
             input_ids, positions = input_ids[None], positions[None]  # [1, tokens]
         if self.function is not None:
@@ -55,9 +62,19 @@ class CallForm:
         keywords = dict(self.constants)
         if self.positions is not None:
             keywords[self.positions] = positions
+        if embedded:
+            return module(**{EMBEDDINGS: input_ids}, **keywords)
         if self.labels is not None:
             keywords[self.labels] = input_ids
         return module(input_ids, **keywords)
+
+    def keywords(self, module: nn.Module) -> frozenset[str]:
+        """What else than tokens and positions `module` takes, called in this way."""
+        if self.function is not None:
+            return frozenset()
+        return frozenset(
+            {EMBEDDINGS}.intersection(inspect.signature(module.forward).parameters)
+        )
 
     def __str__(self) -> str:
         shape = "[1, tokens]" if self.batched else "[tokens]"

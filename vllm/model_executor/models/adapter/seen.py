@@ -138,21 +138,22 @@ def run_routed(
     seen: Seen,
     attention: Mapping[Site, Attend],
     tables: Tables,
-    input_ids: torch.Tensor,
+    inputs: torch.Tensor,
     positions: torch.Tensor,
     received: IntermediateTensors | None = None,
 ) -> torch.Tensor | IntermediateTensors:
     """Hidden states, or logits where no head is known, `[tokens, width]`.
 
-    The module has `PathHooks` on `seen.owners`, or on all submodules. A pipeline stage
-    takes what it received, and returns what the next one takes.
+    `inputs` are token ids `[tokens]`, or embeddings `[tokens, hidden]`. The module has
+    `PathHooks` on `seen.owners`, or on all submodules. A pipeline stage takes what it
+    received, and returns what the next one takes.
     """
     forward = Running(wants_masks=False)
     routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
     try:
         with run_as(forward), routing:
             result = run_stage(
-                module, received, lambda: seen.form(module, input_ids, positions)
+                module, received, lambda: seen.form(module, inputs, positions)
             )
     except HiddenStatesReached as reached:
         result = reached.hidden_states

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import (
@@ -21,14 +22,12 @@ from vllm.multimodal.modality_processor import (
     ModalityInfo,
     ModalityProcessor,
 )
+from vllm.multimodal.transformers_modality import NUM_TOKENS
+from vllm.v1.engine.startup_failure import enter_stage
 
 from .checks import check_takes_embeddings
 from .messages import describe
 from .wrapper import CallableModelWrapper
-
-EMBED = (
-    "embed_multimodal(self, **tensors), which returns [tokens, hidden] of each input"
-)
 
 
 class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
@@ -43,14 +42,9 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         CallableModelWrapper.__init__(self, vllm_config=vllm_config, prefix=prefix)
-        module = self.module
-        if not callable(getattr(module, "embed_multimodal", None)):
-            raise TypeError(
-                f"{self._arch}: it is registered with multimodal inputs, but "
-                f"{type(module).__name__} cannot embed them. Add {EMBED}."
-            )
+        check_embeds(self._arch, self.module, self.modalities)
         why = "it is registered with multimodal inputs"
-        check_takes_embeddings(self._arch, module, self._forward_keywords, why)
+        check_takes_embeddings(self._arch, self.module, self._forward_keywords, why)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -63,8 +57,77 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
         return _WithoutEncoders(self)
 
     def embed_multimodal(self, **tensors: Any) -> MultiModalEmbeddings:
-        """Embeddings `[tokens, hidden]` of each input."""
-        return self.module.embed_multimodal(**tensors)
+        """Embeddings `[tokens, hidden]` of each input.
+
+        Args:
+            **tensors: as `Modality.process` made them, with one more axis in front, of
+                inputs; lists where they differ in shape.
+
+        """
+        if hasattr(self.module, "embed_multimodal"):
+            return cast(Any, self.module).embed_multimodal(**tensors)
+        name = self._inputs.modality_of[next(iter(tensors))]
+        features = getattr(self.module, features_of(name))
+        tensors.pop(NUM_TOKENS, None)
+        # One input at a time: how a library batches them is its own affair.
+        rows = zip(*tensors.values(), strict=True)
+        return [
+            _rows_of(features(**dict(zip(tensors, one, strict=True)))) for one in rows
+        ]
+
+    @functools.cached_property
+    def _inputs(self) -> ModalityInfo:
+        config = self._vllm_config.model_config
+        info = MULTIMODAL_REGISTRY.create_processor(config).info
+        return cast(ModalityInfo, info)
+
+    def process_weights_after_loading(self) -> None:
+        """As of any registered model; then try its largest inputs."""
+        super().process_weights_after_loading()
+        config = self._vllm_config.model_config
+        if self._context.is_first_stage and config.supports_multimodal_inputs:
+            self._try_inputs()
+
+    @torch.no_grad()
+    def _try_inputs(self) -> None:
+        """Embed the largest input of each kind.
+
+        Raises:
+            ValueError: the embeddings are not what was registered.
+
+        """
+        enter_stage("trying the model on its largest inputs")
+        device = self._vllm_config.device_config.device
+        dtype = cast(torch.dtype, self._vllm_config.model_config.dtype)
+        width = self._vllm_config.model_config.get_inputs_embeds_size()
+        for name, tensors in self._inputs.largest.items():
+            batch = {
+                key: tensor[None].to(
+                    device, dtype if tensor.is_floating_point() else None
+                )
+                for key, tensor in tensors.items()
+            }
+            try:
+                embeddings = self.embed_multimodal(**batch)
+            except Exception as error:
+                shapes = {key: list(tensor.shape) for key, tensor in batch.items()}
+                error.add_note(
+                    f"{self._arch}: its largest {name} was tried, as {shapes}: the "
+                    "first axis is of inputs."
+                )
+                raise
+            expected = [self._inputs.max_tokens[name], width]
+            found = [
+                list(one.shape) if isinstance(one, torch.Tensor) else describe(one)
+                for one in (embeddings if embeddings is not None else ())
+            ]
+            if found != [expected]:
+                raise ValueError(
+                    f"{self._arch}: {type(self.module).__name__} embedded one {name} "
+                    f"as {found}; expected [{expected}], a tensor [tokens, hidden] for "
+                    f"each input, which becomes {expected[0]} placeholders. Correct "
+                    "the module, or num_tokens of its Modality."
+                )
 
 
 class _WithoutEncoders:
@@ -78,6 +141,32 @@ class _WithoutEncoders:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model.module, name)
+
+
+def features_of(modality: str) -> str:
+    """Hugging Face's name of the method that embeds such inputs."""
+    return f"get_{modality}_features"
+
+
+def check_embeds(
+    architecture: str, module: nn.Module, modalities: tuple[Modality, ...]
+) -> None:
+    """Whether `module` can embed what it is registered with.
+
+    Raises:
+        TypeError: it has no method for it.
+
+    """
+    if callable(getattr(module, "embed_multimodal", None)):
+        return
+    for modality in modalities:
+        if not callable(getattr(module, features_of(modality.name), None)):
+            raise TypeError(
+                f"{architecture}: it is registered with multimodal inputs, but "
+                f"{type(module).__name__} cannot embed {modality.name}. Add "
+                "embed_multimodal(self, **tensors), which gets what process made, "
+                "stacked, and returns [tokens, hidden] of each input."
+            )
 
 
 def multimodal_class(
@@ -107,20 +196,35 @@ def inputs_of(architecture: str, multimodal: Any) -> tuple[Modality, ...]:
     """
     if multimodal is None:
         return ()
-    if isinstance(multimodal, Modality):
-        return (multimodal,)
-    several = tuple(multimodal) if isinstance(multimodal, list | tuple) else ()
-    if not isinstance(multimodal, list | tuple) or not all(
-        isinstance(one, Modality) for one in several
-    ):
-        raise TypeError(
-            f"{architecture}: multimodal is {describe(multimodal)}; expected a "
-            "Modality of vllm.multimodal.modality, or a list of them."
-        )
+    several = multimodal if isinstance(multimodal, list | tuple) else [multimodal]
+    for one in several:
+        if not isinstance(one, Modality):
+            raise TypeError(
+                f"{architecture}: multimodal is {describe(one)}; expected a Modality "
+                "of vllm.multimodal.modality, or a list of them."
+            )
     names = [one.name for one in several]
     if len(names) != len(set(names)):
         raise ValueError(
             f"{architecture}: multimodal has two of {', '.join(names)}; expected one "
             "Modality of each name."
         )
-    return several
+    return tuple(several)
+
+
+def _rows_of(features: Any) -> torch.Tensor:
+    """Embeddings `[tokens, hidden]` in what Hugging Face's method returned.
+
+    Raises:
+        TypeError: there are none.
+
+    """
+    found = getattr(features, "pooler_output", features)
+    if isinstance(found, list | tuple) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(
+            f"it returned {describe(found)} for one input; expected a tensor, or an "
+            "object that has one as pooler_output"
+        )
+    return found.flatten(0, -2)

@@ -44,7 +44,7 @@ from .declarations import (
     check_module,
 )
 from .messages import name_of, unpicklable_part
-from .multimodal import inputs_of, multimodal_class
+from .multimodal import MultiModalCallableModel, inputs_of, multimodal_class
 from .wrapper import CallableModelWrapper, pooler_of
 
 # A module with one of these capabilities was written for vLLM, so it is not tried.
@@ -109,7 +109,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     ) -> Seen | None:
         """What `module` does, if it was not written for vLLM."""
         model_cls = self.load_model_cls()
-        if any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER):
+        knows_vllm = any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER)
+        if knows_vllm and not issubclass(model_cls, MultiModalCallableModel):
             return None
         attention_free = getattr(model_cls, "is_attention_free", False)
         return look(module, self.adapter, vllm_config, attention_free, is_stage)

@@ -127,11 +127,11 @@ class CallableModelWrapper(nn.Module):
 
             self.adapter_sites = find_sites(module, self._context)
         self._problem: str | None = None
-        self._forward_keywords: frozenset[str] | None = frozenset(
-            ["intermediate_tensors"]
-        )
+        self._forward_keywords: frozenset[str] | None
         if self.adapted is None:
             self._forward_keywords = forward_keywords(arch, module)
+        else:
+            self._forward_keywords = self.adapted.keywords | {"intermediate_tensors"}
         self._stage_input = None
         if not self._context.is_first_stage and self.adapted is None:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
@@ -248,9 +248,8 @@ class CallableModelWrapper(nn.Module):
                     f"Add {name}=None to it."
                 )
         if self.adapted is not None:
-            assert input_ids is not None  # it takes no embeddings
             hidden_states = self.adapted.forward(
-                input_ids, positions, intermediate_tensors
+                input_ids, positions, intermediate_tensors, inputs_embeds
             )
         else:
             hidden_states = self.module(input_ids, positions, **passed)
