@@ -188,10 +188,14 @@ def run_engine(column: Column, engine: str) -> dict[str, Result]:
         save(Path(folder), column)
         options = {**ENGINES[engine], **column.options}
         if engine == "draft":
-            options["speculative_config"] |= {"model": folder}
+            options["speculative_config"] = options["speculative_config"] | {
+                "model": folder
+            }
         if engine == "connector":
             storage = {"shared_storage_path": f"{folder}/kv"}
-            options["kv_transfer_config"] |= {"kv_connector_extra_config": storage}
+            options["kv_transfer_config"] = options["kv_transfer_config"] | {
+                "kv_connector_extra_config": storage
+            }
         llm = None
         try:
             llm = LLM(
