@@ -56,6 +56,10 @@ def run_series(
 
 
 def _git_apply(patch: Patch, scratch: Path, reverse: bool) -> None:
+    if (
+        not patch.diffs
+    ):  # it changes nothing in this release, and git takes no such file
+        return
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment |= {
         # a repository around the scratch folder would make git skip its files

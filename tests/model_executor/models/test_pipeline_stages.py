@@ -14,7 +14,7 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers.trainable_attention.paged import _layer_index
 from vllm.model_executor.models.callable_model import _CallableRegisteredModel
 from vllm.model_executor.models.interfaces import supports_pp
-from vllm.model_executor.parameters import load
+from vllm.model_executor.parameters.names import ModuleNames
 from vllm.sequence import IntermediateTensors
 
 HIDDEN = 4
@@ -30,7 +30,9 @@ def on_stage(monkeypatch):
         group = SimpleNamespace(rank_in_group=rank)
         monkeypatch.setattr(parallel_state, "_PP", group)
         # The other stage is not there to say which weights it has.
-        monkeypatch.setattr(load, "_shapes_on_all_ranks", lambda shapes, _: shapes)
+        monkeypatch.setattr(
+            ModuleNames, "shapes_on_all_ranks", lambda names, _: names.shapes()
+        )
         model_config = SimpleNamespace(
             runner_type="generate",
             get_vocab_size=lambda: 8,
