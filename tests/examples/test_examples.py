@@ -66,7 +66,9 @@ def test_every_example_is_run_here():
         for path in EXAMPLES.rglob("*.py")
         if "__main__" in path.read_text(encoding="utf-8")
     }
-    beside = {"rl/grpo.py", "lora_service/two_adapters.py"}  # in files of their own
+    # In files of their own.
+    beside = {"rl/grpo.py", "lora_service/two_adapters.py"}
+    beside |= {"vision_language/train.py", "vision_language/ask.py"}
     assert scripts == {TRAINING, MEGATRON, PARALLELISM, PARALLEL, PLANS} | beside, (
         "run each example in tests/examples"
     )
