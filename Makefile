@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo rl test test-all lint types docs clean FORCE
+.PHONY: help setup demo rl chain test test-all lint types docs clean FORCE
 SHELL := /bin/sh
 
 PY := .venv/bin/python
@@ -42,6 +42,9 @@ demo: $(READY)  ## train, serve and prove a model on real text
 
 rl: $(READY)  ## train a model by rewards, with vLLM as its sampler
 	$(PY) examples/rl/grpo.py --expect 0.8
+
+chain: $(READY)  ## a stock model: train, serve, sync, reinforce and adapt it
+	$(PY) examples/chain.py
 
 test: lint docs  ## run every check, and the tests that CI runs
 	$(PYTEST) -m "not gpu and not slow"

@@ -2,12 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Serves public models as they stand, and compares them with their own forward.
 
-    python benchmarks/unchanged_models.py [--only WORD] [--json FILE]
+    python benchmarks/unchanged_models.py [--only WORD] [--layouts] [--json FILE]
 
 Each is built in a tiny shape with random weights by one lambda, in float32, on any
 machine. Prompts are longer than a step, so that they are processed in chunks. Prints a
 table as docs/models/unchanged.md has it. Libraries that are not installed are left out
-by name. Each model is run in a process of its own.
+by name. Each model is run in a process of its own. With `--layouts` each is served at
+TP=2 and at PP=2, by the plans that its library gives it, in place of one rank.
 """
 
 from __future__ import annotations
@@ -171,14 +172,22 @@ CASES = [
 ]
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Serve one model in this process, and compare."""
+def run(case: Case, ranks: int, stages: int) -> dict[str, Any]:
+    """Serve one model, and compare. A process serves it if it has one rank."""
     import torch
     from safetensors.torch import save_file
 
     from vllm import LLM, ModelRegistry
     from vllm.model_executor.models.adapter import full_forward
     from vllm.model_validation import validate
+
+    # A rank has a key head of its own.
+    SHAPE["num_key_value_heads"] = max(SHAPE["num_key_value_heads"], ranks)
+    shape = dict(SHAPE)
+
+    def build(vllm_config: Any, context: Any) -> Any:
+        SHAPE.update(shape)  # also in a worker
+        return case.build()
 
     try:
         module = case.build()
@@ -191,7 +200,8 @@ def run(case: Case) -> dict[str, Any]:
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     config = SHAPE | {"architectures": ["Unchanged"]}
-    ModelRegistry.register_model("Unchanged", lambda vllm_config, context: case.build())
+    declared = {"supports_pp": True} if stages > 1 else {}
+    ModelRegistry.register_model("Unchanged", build, **declared)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         seen: set[int] = set()
@@ -211,6 +221,8 @@ def run(case: Case) -> dict[str, Any]:
                 max_num_batched_tokens=64,
                 max_num_seqs=4,
                 disable_log_stats=True,
+                tensor_parallel_size=ranks,
+                pipeline_parallel_size=stages,
             )
         except Exception as error:  # noqa: BLE001 - the refusal is the result
             return {"refused": f"{type(error).__name__}: {first_line(error)}"}
@@ -227,16 +239,17 @@ def first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def run_apart(index: int) -> dict[str, Any]:
+def run_apart(index: int, ranks: int = 1, stages: int = 1) -> dict[str, Any]:
     environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks * stages > 1)),
+        "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        [sys.executable, __file__, "--run", str(index)],
+        [sys.executable, __file__, "--run", str(index), str(ranks), str(stages)],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -246,6 +259,14 @@ def run_apart(index: int) -> dict[str, Any]:
     if lines:
         return json.loads(lines[-1])
     return {"failed": " ".join(done.stderr.split())[-400:]}
+
+
+def cell(result: dict[str, Any], between: str) -> str:
+    """Greedy agreement and distance, or why there are none."""
+    if "distance" in result:
+        return f"{result['greedy']:.3f}{between}{result['distance']:.1e}"
+    ((kind, text),) = result.items()
+    return f"{kind}{between}{text}"
 
 
 def version(library: str) -> str:
@@ -259,23 +280,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models with this in their name")
     parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--layouts", action="store_true", help="at TP=2 and at PP=2")
+    parser.add_argument("--run", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run is not None:
-        print(json.dumps(run(CASES[args.run])), flush=True)
+        index, *layout = args.run
+        print(json.dumps(run(CASES[index], *layout)), flush=True)
         return 0
     rows = []
-    print("| Library | Model | Greedy agreement | Max abs. Δ log p |")
+    columns = "TP=2 | PP=2" if args.layouts else "Greedy agreement | Max abs. Δ log p"
+    print(f"| Library | Model | {columns} |")
     print("| --- | --- | --- | --- |")
     for index, case in enumerate(CASES):
         if args.only.lower() not in f"{case.library} {case.name}".lower():
             continue
-        result = run_apart(index)
-        if "distance" in result:
-            cells = f"{result['greedy']:.3f} | {result['distance']:.1e}"
+        result: dict[str, Any]
+        if args.layouts:
+            result = {"TP=2": run_apart(index, 2, 1), "PP=2": run_apart(index, 1, 2)}
+            cells = " | ".join(cell(found, ", ") for found in result.values())
         else:
-            ((kind, text),) = result.items()
-            cells = f"{kind} | {text}"
+            result = run_apart(index)
+            cells = cell(result, " | ")
         print(f"| {version(case.library)} | {case.name} | {cells} |", flush=True)
         rows.append({"library": version(case.library), "model": case.name, **result})
     if args.json is not None:

@@ -140,7 +140,9 @@ def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     changed_only = args.child == "ours changed"
     for _ in range(2 if changed_only else 0):
         sync.update(changed_only=True)
-    times = []
+    times, copies = [], []
+    # What else the machine does changes by the minute: a CPU copies in turns.
+    there = [p.clone() for p in model.parameters()] if args.device == "cpu" else []
     for number in range(args.rounds + 1):
         if changed_only:
             change_a_few(model, number)
@@ -149,12 +151,31 @@ def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if args.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
+        if there:
+            copies.append(copy_by_one_thread(model, there))
     sent = sync.sent_bytes
     step(model)
     sync.update()
     sync.close()
     found = {"seconds": statistics.median(times[1:]), "bytes": nbytes_of(model)}
+    if there:
+        found["copy"] = statistics.median(copies[1:])
+        found["of copy"] = statistics.median(
+            copy / seconds for copy, seconds in zip(copies[1:], times[1:], strict=True)
+        )
     return found | {"sent": sent}
+
+
+def copy_by_one_thread(model: torch.nn.Module, there: list[torch.Tensor]) -> float:
+    """Seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    for target, parameter in zip(there, model.parameters(), strict=True):
+        target.copy_(parameter)
+    seconds = time.perf_counter() - begin
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -425,7 +446,7 @@ def report(found: dict[str, Any]) -> None:
     print(f"{'':16} {'ms':>9} {'GB/s':>8} {'/ ours':>7}")
     for kind, result in found.items():
         for name, seconds in result.items():
-            if name in ("bytes", "failed", "sent"):
+            if name in ("bytes", "failed", "sent", "of copy"):
                 continue
             label = kind if name == "seconds" else name
             rate = (

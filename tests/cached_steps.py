@@ -59,6 +59,12 @@ class CachedAttention:
         )
 
 
+def heads_of_sites(model: nn.Module) -> list[tuple[str, int]]:
+    """Where an engine's model attends, on this rank, and with how many heads."""
+    attention = model.adapted.seen.attention
+    return [(site.path, seen.heads) for site, seen in attention.items()]
+
+
 @torch.no_grad()
 def look(module: nn.Module, adapter: Adapter | None = None) -> Seen:
     use_seen_attention(module)

@@ -23,7 +23,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from vllm.model_executor.layers import TrainableAttention
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.trainable_experts import TrainableExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -46,17 +51,36 @@ class Attention(nn.Module):
     def __init__(self, config: Any, context: ParallelContext, kind: Any) -> None:
         super().__init__()
         hidden, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = kind.column(hidden, hidden)
-        self.k_proj = kind.column(hidden, hidden)
-        self.v_proj = kind.column(hidden, hidden)
+        self.head_dim = getattr(config, "head_dim", hidden // heads)
+        kv_heads = getattr(config, "num_key_value_heads", heads)
+        bias = getattr(config, "attention_bias", True)
+        ranks, rank = context.tensor_parallel_size, context.tensor_parallel_rank
+        shared = ranks > kv_heads  # several ranks have one head: they compute all
+        key_or_value = kind.whole if shared else kind.column
+        width, kv_width = heads * self.head_dim, kv_heads * self.head_dim
+        self.q_proj = kind.column(hidden, width, bias=bias)
+        self.k_proj = key_or_value(hidden, kv_width, bias=bias)
+        self.v_proj = key_or_value(hidden, kv_width, bias=bias)
+        first = rank * kv_heads // ranks
+        self.kv_heads = slice(first, first + 1) if shared else slice(None)
+        if getattr(config, "qk_norm", False):
+            self.q_norm = nn.RMSNorm(self.head_dim)
+            self.k_norm = nn.RMSNorm(self.head_dim)
         self.attention = TrainableAttention(
-            heads // context.tensor_parallel_size, hidden // heads
+            heads // ranks, self.head_dim, max(1, kv_heads // ranks)
         )
-        self.o_proj = kind.row(hidden, hidden)
+        self.o_proj = kind.row(width, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [tokens, hidden/TP]
-        return self.o_proj(self.attention(q, k, v))
+        # [tokens, hidden] -> [tokens, heads of this rank, head_dim]
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim))
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        k, v = k[:, self.kv_heads], v[:, self.kv_heads]
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(self.attention(q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -125,6 +149,20 @@ class Experts(nn.Module):
         return torch.cat(parts), int(sum(counts[:rank]))
 
 
+def build_experts(config: Any, context: ParallelContext, index: int) -> nn.Module:
+    """The layer above, or vLLM's that has the same bits in every layout."""
+    if not getattr(config, "trainable_experts", False):
+        return Experts(config, context, index)
+    return TrainableExperts(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        context,
+        layer_id=index,
+    )
+
+
 class FusedExperts(nn.Module):
     """The same by vLLM's fused layer, which divides the experts itself."""
 
@@ -182,6 +220,8 @@ class Stage(nn.Module):
         if context.is_last_stage:
             self.norm = nn.LayerNorm(hidden)
             self.lm_head = kind.head(vocab, hidden)
+        if getattr(config, "tie_word_embeddings", False):
+            tie(self)
 
     def forward(
         self,
@@ -197,21 +237,29 @@ class Stage(nn.Module):
         return self.norm(x) if hasattr(self, "norm") else x
 
 
+def tie(model: Stage) -> None:
+    """Have the output head use the embedding's weight."""
+    model.lm_head.weight = model.embedding.weight
+
+
 # What a layer is made of: plain PyTorch, or vLLM's layers.
 PLAIN = SimpleNamespace(
     embedding=nn.Embedding,
+    whole=nn.Linear,
     column=nn.Linear,
     row=nn.Linear,
     head=lambda vocab, hidden: nn.Linear(hidden, vocab, bias=False),
-    experts=Experts,
+    experts=build_experts,
 )
 PARALLEL = SimpleNamespace(
     embedding=VocabParallelEmbedding,
+    whole=partial(ReplicatedLinear, return_bias=False),
     column=partial(ColumnParallelLinear, return_bias=False),
     row=partial(RowParallelLinear, return_bias=False),
     head=ParallelLMHead,
-    experts=Experts,
+    experts=build_experts,
 )
+FUSED = SimpleNamespace(**vars(PARALLEL) | {"experts": FusedExperts})
 
 
 def build_plain(config: Any) -> Stage:
@@ -232,22 +280,33 @@ class FusedStage(Stage):
 
 def build_fused(vllm_config: Any, parallel_context: ParallelContext) -> FusedStage:
     """A mixture of experts with vLLM's fused layer."""
-    kind = SimpleNamespace(**vars(PARALLEL) | {"experts": FusedExperts})
-    return FusedStage(vllm_config.model_config.hf_config, parallel_context, kind)
+    return FusedStage(vllm_config.model_config.hf_config, parallel_context, FUSED)
 
 
 def build_dtensor(vllm_config: Any, parallel_context: ParallelContext) -> Stage:
     """PyTorch's layers, parallelized from outside."""
-    model = Stage(vllm_config.model_config.hf_config, parallel_context, PLAIN)
+    config = vllm_config.model_config.hf_config
+    model = Stage(config, parallel_context, PLAIN)
+    ranks = parallel_context.tensor_parallel_size
+    shared = ranks > getattr(config, "num_key_value_heads", ranks)
+    projections = "q" if shared else "[qkv]"
     plan = {
-        "layers.*.attention.[qkv]_proj": ColwiseParallel(),
+        f"layers.*.attention.{projections}_proj": ColwiseParallel(),
         "layers.*.attention.o_proj": RowwiseParallel(),
         "layers.*.mlp.up": ColwiseParallel(),
         "layers.*.mlp.down": RowwiseParallel(),
     }
     if parallel_context.is_last_stage:
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
-    return parallelize_module(model, parallel_context.device_mesh()["tp"], plan)
+    tied = getattr(config, "tie_word_embeddings", False)
+    if tied:
+        plan["embedding"] = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Replicate()
+        )
+    parallelize_module(model, parallel_context.device_mesh()["tp"], plan)
+    if tied:
+        tie(model)
+    return model
 
 
 def build_megatron(vllm_config: Any, parallel_context: ParallelContext) -> Stage:
@@ -277,12 +336,17 @@ def build_megatron(vllm_config: Any, parallel_context: ParallelContext) -> Stage
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)[0]
 
-    linear = {"bias": True, "skip_bias_add": False, **options}
+    linear = {"skip_bias_add": False, **options}
     column = partial(Column, gather_output=False, **linear)
+
+    def biased(layer: Any) -> Any:
+        return lambda inputs, outputs, bias=True: layer(inputs, outputs, bias=bias)
+
     kind = SimpleNamespace(
         embedding=partial(tensor_parallel.VocabParallelEmbedding, **options),
-        column=column,
-        row=partial(Row, input_is_parallel=True, **linear),
+        whole=nn.Linear,
+        column=biased(column),
+        row=biased(partial(Row, input_is_parallel=True, **linear)),
         head=lambda vocab, hidden: column(hidden, vocab, bias=False),
     )
     return Stage(config, parallel_context, kind)
@@ -310,4 +374,12 @@ class PlannedStage(Stage):
 
 def build_planned(vllm_config: Any, parallel_context: ParallelContext) -> PlannedStage:
     config = vllm_config.model_config.hf_config
-    return PlannedStage(config, ParallelContext(), PLAIN)
+    model = PlannedStage(config, ParallelContext(), PLAIN)
+    if config.vocab_size % 2:  # a plan divides no uneven vocabulary
+        undivided = ("embedding", "lm_head")
+        model.tp_plan = {
+            name: style
+            for name, style in PlannedStage.tp_plan.items()
+            if name not in undivided
+        }
+    return model

@@ -19,7 +19,7 @@ from typing import Any
 import layout_models
 import parallel_transformer
 import torch
-from layout_models import PLAIN, PlannedStage, Stage
+from layout_models import EXPERTS, PLAIN, PlannedStage, Stage
 from safetensors.torch import load_file
 from torch import nn
 
@@ -95,6 +95,12 @@ def build_vllm(vllm_config: Any, context: ParallelContext) -> nn.Module:
     return with_constants(parallel_transformer.ParallelTransformer(context))
 
 
+def build_experts(vllm_config: Any, context: ParallelContext) -> nn.Module:
+    """With vLLM's layers, and its fused experts; it has no `load_weights`."""
+    config = vllm_config.model_config.hf_config
+    return with_constants(Stage(config, context, layout_models.FUSED))
+
+
 def build_vllm_tied(vllm_config: Any, context: ParallelContext) -> nn.Module:
     model = parallel_transformer.ParallelTransformer(context, tied=True)
     return with_constants(model)
@@ -113,7 +119,10 @@ def stage_shapes(tied: bool) -> dict[str, torch.Size]:
 
 
 def stage_logits(weights: Weights, tied: bool) -> Callable[[torch.Tensor], Any]:
-    model = _stage(tied)
+    return _logits_of(_stage(tied), weights)
+
+
+def _logits_of(model: Any, weights: Weights) -> Callable[[torch.Tensor], Any]:
     model.load_state_dict({n: t for n, t in weights.items() if n != "scale"})
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -121,6 +130,18 @@ def stage_logits(weights: Weights, tied: bool) -> Callable[[torch.Tensor], Any]:
         return model.lm_head(hidden * weights["scale"])
 
     return logits
+
+
+def _mixture() -> nn.Module:
+    return layout_models.build_plain(SimpleNamespace(**CONFIG | EXPERTS))
+
+
+def mixture_shapes(tied: bool) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in _mixture().state_dict().items()}
+
+
+def mixture_logits(weights: Weights, tied: bool) -> Callable[[torch.Tensor], Any]:
+    return _logits_of(_mixture(), weights)
 
 
 def vllm_shapes(tied: bool) -> dict[str, torch.Size]:
@@ -184,6 +205,9 @@ KINDS = {
     "dtensor": _kind(build_dtensor),
     "megatron": _kind(build_megatron),
     "plan": _kind(build_planned, tied=True),
+    "experts": Kind(
+        build_experts, CONFIG | EXPERTS, False, mixture_shapes, mixture_logits
+    ),
 }
 
 

@@ -136,8 +136,12 @@ def _listing() -> dict[str, list[Any]]:
 
 
 def series(version: str | None = None) -> list[Patch]:
-    """The patches in their order, as they are for the release `version`."""
-    return [commit.read(version) for commit in commits() if commit.patch]
+    """The patches in their order, as they are for the release `version`.
+
+    Those that change nothing in this release are left out.
+    """
+    patches = [commit.read(version) for commit in commits() if commit.patch]
+    return [patch for patch in patches if patch.diffs]
 
 
 def needed(commit: Commit) -> list[Commit]:

@@ -29,54 +29,93 @@ constexpr int64_t kRows = 4;      // of x in a tile
 constexpr int64_t kColumns = 4;   // rows of weight in a tile
 constexpr int64_t kMaxDepth = 16; // of the tree
 
-INLINE float widen(float x) { return x; }
-INLINE double widen(double x) { return x; }
-INLINE float widen(BFloat16 x) {
-  uint32_t bits = uint32_t(x.x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+template <typename T>
+struct Lanes {
+  typedef T Type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <typename T>
+using Vector = typename Lanes<T>::Type;
+
+// kLanes features from `from` on, of which those after the first `count` are zeros.
+template <typename T>
+INLINE void load(const T* from, int64_t count, Vector<T>& to) {
+  if (count < kLanes) to = Vector<T>{};
+  std::memcpy(&to, from, std::min(count, kLanes) * sizeof(T));
+}
+INLINE void load(const BFloat16* from, int64_t count, Vector<float>& to) {
+  Vector<uint16_t> narrow{};
+  if (count >= kLanes) {
+    std::memcpy(&narrow, from, sizeof(narrow));
+  } else {
+    std::memcpy(&narrow, from, count * sizeof(BFloat16));
+  }
+  auto wide = __builtin_convertvector(narrow, Vector<uint32_t>) << 16;
+  std::memcpy(&to, &wide, sizeof(to));
 }
 
-template <typename T, typename Sum>
-INLINE void load(const T* from, int64_t count, Sum* to) {
-  if (count == kLanes) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) to[i] = widen(from[i]);
-    return;
+// Adds the lanes of each vector by halves: lane i and lane i + 8, then i and i + 4,
+// i and i + 2, and the last two. `out[i]` is the sum of the lanes of `x[i]`.
+template <typename Sum>
+INLINE void add_lanes(const Vector<Sum>& x, Sum* out) {
+  Sum lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = i < count ? widen(from[i]) : Sum(0);
+  *out = lanes[0];
+}
+
+// The same for kLanes vectors at once. A step halves the lanes of two vectors, and puts
+// what is left of them side by side.
+#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW4 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define HIGH4 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define LOW2 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
+#define HIGH2 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
+#define LOW1 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define HIGH1 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define HALVE(x, y, LOW, HIGH)             \
+  (__builtin_shufflevector(x, y, LOW) +    \
+   __builtin_shufflevector(x, y, HIGH))
+
+template <typename Sum>
+INLINE void add_lanes_of_16(const Vector<Sum>* x, Sum* out) {
+  Vector<Sum> a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = HALVE(x[2 * i], x[2 * i + 1], LOW8, HIGH8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) b[i] = HALVE(a[2 * i], a[2 * i + 1], LOW4, HIGH4);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) c[i] = HALVE(b[2 * i], b[2 * i + 1], LOW2, HIGH2);
+  auto sums = HALVE(c[0], c[1], LOW1, HIGH1);
+  std::memcpy(out, &sums, sizeof(sums));
 }
 
 // The sums over one leaf for a tile: R rows of x by C rows of weight.
 template <typename T, typename Sum, int64_t R, int64_t C>
 INLINE void leaf(const T* x, int64_t x_stride, const T* weight,
                  int64_t weight_stride, int64_t size, Sum* out) {
-  Sum sums[R][C][kLanes] = {};
+  Vector<Sum> sums[R * C] = {};
   for (int64_t k = 0; k < size; k += kLanes) {
     int64_t count = std::min(kLanes, size - k);
-    Sum a[R][kLanes], b[C][kLanes];
+    Vector<Sum> a[R], b[C];
+#pragma GCC unroll 4
     for (int64_t r = 0; r < R; ++r) load(x + r * x_stride + k, count, a[r]);
+#pragma GCC unroll 4
     for (int64_t c = 0; c < C; ++c) {
       load(weight + c * weight_stride + k, count, b[c]);
     }
+#pragma GCC unroll 4
     for (int64_t r = 0; r < R; ++r) {
-      for (int64_t c = 0; c < C; ++c) {
-#pragma omp simd
-        for (int64_t i = 0; i < kLanes; ++i) {
-          sums[r][c][i] += a[r][i] * b[c][i];
-        }
-      }
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < C; ++c) sums[r * C + c] += a[r] * b[c];
     }
   }
-  for (int64_t r = 0; r < R; ++r) {
-    for (int64_t c = 0; c < C; ++c) {
-      Sum* lanes = sums[r][c];
-      for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-      }
-      out[r * C + c] = lanes[0];
-    }
+  if constexpr (R * C == kLanes) {
+    add_lanes_of_16<Sum>(sums, out);
+  } else {
+    for (int64_t i = 0; i < R * C; ++i) add_lanes<Sum>(sums[i], out + i);
   }
 }
 

@@ -26,22 +26,21 @@ if "RANK" not in os.environ:  # the engine is in this process, so that it starts
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from report import Report
+from checkpoints import restore, save
+from first_lesson import pretrain
+from report import Report, show
 from reverse_digits import (
     CONFIG,
     DIGITS,
     ReverseGPT,
     answer_to,
     logprobs_of,
-    pretrain,
     problems,
     prompts_of,
     reward,
     text_of,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from vllm_generic.rollout import RolloutConfig, VLLMModule
@@ -110,28 +109,6 @@ def train_step(
     return {"max |Δ log p|": float(difference), "entropy": float(entropy)}
 
 
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    weights, states = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=directory)
-
-
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, parent: Path) -> int:
-    """Load the newest checkpoint that is complete; the steps that were done."""
-    found = [path.parent for path in parent.glob("step_*/.metadata")]
-    if not found:
-        raise FileNotFoundError(f"There is no checkpoint in {parent}. Omit --resume.")
-    newest = max(found, key=lambda path: int(path.name.removeprefix("step_")))
-    weights, states = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    return int(newest.name.removeprefix("step_"))
-
-
-def show(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
-
-
 def main(args: argparse.Namespace) -> int:
     args.parallel = "RANK" in os.environ
     if args.parallel:
@@ -143,8 +120,8 @@ def main(args: argparse.Namespace) -> int:
     model = ReverseGPT()
     if not args.resume:
         start = time.monotonic()
-        pretrain(model, args.pretrain_steps, args.seed)
-        show(f"Pretrained for {time.monotonic() - start:.0f} s.")
+        steps = pretrain(model, args.start_share, args.pretrain_steps, args.seed)
+        show(f"Pretrained for {steps} steps, {time.monotonic() - start:.0f} s.")
     if args.parallel:
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
@@ -193,6 +170,8 @@ def main(args: argparse.Namespace) -> int:
                     save(model, optimizer, directory / f"step_{step + 1}")
         after = evaluate(policy, args.held_out)
         show(f"After: {after:.1%} of {args.held_out} held-out problems are right.")
+        result = {"before": before, "after": after, "held_out": args.held_out}
+        (directory / "result.json").write_text(json.dumps(result))
         show(f"The curves and checkpoints are in {directory}/")
     finally:
         policy.close()
@@ -213,7 +192,8 @@ if __name__ == "__main__":
     parser.add_argument("--clip", type=float, default=0.2, help="of the ratio")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pretrain-steps", type=int, default=62)
+    parser.add_argument("--start-share", type=float, default=0.2, help="pretrained")
+    parser.add_argument("--pretrain-steps", type=int, default=150, help="at most")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--engine-ranks", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=40)

@@ -20,6 +20,12 @@ from rich.table import Table
 ROWS = 12
 
 
+def show(text: str) -> None:
+    """Print on the first rank only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
 class Report:
     """Shows each step as it ends; on the first rank only.
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A task with a verifiable answer, a model that trains and serves, and a first lesson.
+"""A task with a verifiable answer, and a model that trains and serves.
 
 A problem is `314159=`, and its answer is `951413` and an end.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vllm.model_executor.layers import TrainableFlashAttention
@@ -95,16 +94,3 @@ def reward(prompt: list[int], answer: list[int]) -> float:
 
 def text_of(tokens: list[int]) -> str:
     return "".join(WORDS[token] for token in tokens)
-
-
-def pretrain(model: nn.Module, steps: int, seed: int) -> None:
-    """Show the model right answers until it has an idea of the task."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(steps):
-        prompts = prompts_of(problems(64, seed=1000 * seed + step))
-        tokens = torch.tensor([[*prompt, *answer_to(prompt)] for prompt in prompts])
-        logprobs = logprobs_of(model, tokens)[:, DIGITS:-1]
-        F.nll_loss(logprobs.flatten(0, 1), tokens[:, DIGITS + 1 :].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()

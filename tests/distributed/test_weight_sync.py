@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from layout_models import (
     CONFIG,
+    EXPERTS,
+    FUSED,
     PLAIN,
     Stage,
     build_dtensor,
@@ -181,6 +183,93 @@ def test_every_trainer_updates_an_engine(
     save(tmp_path, seed=0)
     run_ranks(
         partial(update_from_each, tmp_path, engine, layout),
+        tmp_path,
+        tensor_parallel_size=2,
+    )
+
+
+# ---- Mixtures of experts, which vLLM's fused layer stacks
+
+MIXTURE = CONFIG | EXPERTS | {"num_hidden_layers": 2}
+
+
+def mixture(seed: int, context: ParallelContext | None = None) -> Stage:
+    """With an expert-parallel context, only the experts of that rank."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = Stage(SimpleNamespace(**MIXTURE), ParallelContext(), PLAIN)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    if context is None:
+        return whole
+    part = Stage(SimpleNamespace(**MIXTURE), context, PLAIN)
+    state = whole.state_dict()
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
+    return part
+
+
+def build_mixture(vllm_config: Any, context: ParallelContext) -> Stage:
+    return Stage(vllm_config.model_config.hf_config, context, FUSED)
+
+
+def update_mixture(
+    folder: Path, tensor_parallel_size: int, context: ParallelContext
+) -> None:
+    """From trainers with whole experts, sharded ones, and some of them on each rank."""
+    ModelRegistry.register_model("SyncedMixture", build_mixture)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # torchrun's ranks unset it
+    llm = None
+    if dist.get_rank() == 0:
+        llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_logprobs=-1,
+            max_model_len=64,
+            kv_cache_memory_bytes=32 << 20,
+            enforce_eager=True,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+    some = ParallelContext(expert_parallel_size=2, expert_parallel_rank=dist.get_rank())
+    trainers = {
+        "whole": lambda seed: mixture(seed),
+        "fsdp": lambda seed: fully_shard(mixture(seed)),
+        "some experts": lambda seed: mixture(seed, some),
+    }
+    for seed, (name, build) in enumerate(trainers.items(), start=1):
+        model = build(seed)
+        sync = WeightSync(model, llm, timeout=120)
+        sync.update()
+        sent = torch.tensor(sync.sent_bytes)
+        dist.all_reduce(sent)
+        sync.close()
+        if llm is None:
+            continue
+        assert int(sent) == least_bytes(mixture(seed), tensor_parallel_size), name
+        report = validate(llm, logits_of(mixture(seed)), PROMPTS, max_tokens=8)
+        assert report.passed, f"{name}: {report.to_json()}"
+
+
+def least_bytes(model: Stage, ranks: int) -> int:
+    """One time what the engine's ranks divide, and on each what they do not."""
+    divided = ("embedding.weight", "lm_head.weight", "o_proj.weight", "proj.weight")
+    column = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+    return sum(
+        tensor.nbytes * (1 if name.endswith(divided + column) else ranks)
+        for name, tensor in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(
+    "tensor_parallel_size", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
+def test_fused_experts_are_updated(tmp_path: Path, tensor_parallel_size: int) -> None:
+    """By trainers that hold single experts; no byte moves twice."""
+    config = MIXTURE | {"architectures": ["SyncedMixture"], "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(mixture(0).state_dict(), tmp_path / "model.safetensors")
+    run_ranks(
+        partial(update_mixture, tmp_path, tensor_parallel_size),
         tmp_path,
         tensor_parallel_size=2,
     )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.engine
 PROGRAM = str(Path(__file__).parents[2] / "examples" / "rl" / "grpo.py")
@@ -43,3 +44,17 @@ def test_a_resumed_run_has_the_same_curve(tmp_path):
 @pytest.mark.slow
 def test_fsdp2_with_an_engine_of_another_layout(tmp_path):
     assert len(curve(tmp_path, "--steps=2", ranks=2)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 4])  # slow learners, for which 62 steps were few
+def test_the_first_lesson_ends_when_the_model_knows_enough(seed, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(PROGRAM).parent))
+    from first_lesson import pretrain, share_right
+    from reverse_digits import ReverseGPT, problems
+
+    torch.manual_seed(seed)
+    model = ReverseGPT()
+    steps = pretrain(model, goal=0.2, most_steps=150, seed=seed)
+    assert 62 < steps < 150
+    assert 0.15 < share_right(model, problems(1000, seed=5, held_out=True)) < 0.3

@@ -22,6 +22,7 @@ class TinkServer:
         self.arguments = arguments
         self.port = port
         self.log = root.with_suffix(".log")
+        self._clients: list[Any] = []
 
     def start(self) -> "TinkServer":
         with open(self.log, "a") as log:
@@ -54,6 +55,11 @@ class TinkServer:
         self.process.wait()
 
     def stop(self) -> None:
+        """End it in order, and the clients, which else send heartbeats for ever."""
+        if self.process.poll() is None:
+            for client in self._clients:
+                client.close("success").result(timeout=60)
+        self._clients.clear()
         self.process.terminate()
         try:
             self.process.wait(20)
@@ -69,4 +75,6 @@ class TinkServer:
     def client(self, key: str = "tml-local") -> Any:
         import tinker
 
-        return tinker.ServiceClient(base_url=self.url, api_key=key)
+        client = tinker.ServiceClient(base_url=self.url, api_key=key)
+        self._clients.append(client)
+        return client

@@ -84,7 +84,10 @@ def test_the_module_that_made_the_difference_is_named() -> None:
     assert difference is not None
     assert difference.name == "scaled" and difference.shape == (3, 8)
     assert 0.5 < difference.differing <= 1 and 0 < difference.max_difference < 1e-4
-    assert str(difference).startswith("scaled [3, 8]: ")
+    share, most = 100 * difference.differing, difference.max_difference
+    assert str(difference) == (
+        f"scaled [3, 8]: {share:.3g} % of the elements differ, by at most {most:.3g}"
+    )
 
 
 def test_a_batch_axis_and_a_tuple_do_not_matter() -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Code, written into a digest: functions, classes, and what these name.
+"""Writes code into a digest: functions, classes, and what these name.
 
 How far code is followed depends on whose it is:
 
@@ -27,7 +27,7 @@ from vllm.compilation.code_references import (
 )
 from vllm.compilation.digest_writer import ATOMS, DigestWriter, name_of
 
-# Members of a class that are for introspection only.
+# Members of a class that only introspection reads.
 INTROSPECTION = {
     "__annotations__",
     "__dict__",

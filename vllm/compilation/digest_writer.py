@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What digests of objects are made with: a hash, into which objects are written.
+"""A hash into which objects are written: the base of every digest of a module.
 
 Two objects are written as the same bytes only if they have the same contents, in every
 process: an address, or the order of a set, is never written.
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Immutable values, which their text says completely.
+# Immutable values that `repr` describes completely.
 ATOMS = (type(None), bool, int, float, complex, str, bytes, type(...), range)
 DESCRIPTORS = (
     types.GetSetDescriptorType,
@@ -25,7 +25,7 @@ DESCRIPTORS = (
     types.ClassMethodDescriptorType,
     types.WrapperDescriptorType,
 )
-# Code, which is followed even where data is written by its type alone.
+# Kinds of code. Code is read even where data is written by its type alone.
 CODE = (
     type,
     property,
@@ -39,11 +39,11 @@ CODE = (
 
 
 class UndeterminedError(Exception):
-    """What a module computes cannot be read from it with certainty."""
+    """An object's contents cannot be read, so no digest can stand for the module."""
 
 
 class DigestWriter(ABC):
-    """Writes objects into a hash. One that comes again is written as its number.
+    """Writes objects into a hash. A repeated object is written as its number.
 
     Cyclic structures therefore end, two of them are equal only if they have the same
     shape, and a class or function that thousands of submodules share is read once.
@@ -73,7 +73,7 @@ class DigestWriter(ABC):
 
     @contextmanager
     def leniently(self, lenient: bool) -> Iterator[None]:
-        """In the block, write data by its type alone if `lenient`.
+        """Within the block, write data by its type alone if `lenient`.
 
         That is enough inside an installed package, which always makes its data in the
         same way.

@@ -40,7 +40,7 @@ from vllm.compilation.digest_writer import (
 
 __all__ = ["UndeterminedError", "module_digest"]
 
-# Types whose instances their text says completely.
+# Types whose instances `repr` describes completely.
 VALUES = (
     torch.dtype,
     torch.device,

@@ -185,7 +185,7 @@ def _set_inductor_options(vllm_config: VllmConfig) -> None:
         from vllm.compilation import eager_rounding
 
         dtype = vllm_config.model_config.dtype
-        assert isinstance(dtype, torch.dtype)  # resolved by now
+        assert isinstance(dtype, torch.dtype)  # vLLM has resolved it by now
         config.inductor_compile_config |= eager_rounding.options_for(
             dtype, vllm_config.device_config.device_type
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a model's parameters need beside them after a sleep of level 2.
+"""The tensors that a sleep of level 2 has to keep on the host.
 
-That drops the memory of everything that was made while the model was loaded. Parameters
-are loaded again; the others have to be kept on the host.
+Such a sleep drops the memory of everything that was made while the model was loaded.
+An update brings the parameters again, but nothing brings buffers and other constants.
 """
 
 from __future__ import annotations

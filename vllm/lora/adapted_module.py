@@ -113,7 +113,7 @@ class AdaptedModule:
         rows: torch.Tensor,
         tokens: int | None = None,
     ) -> Iterator[None]:
-        """Within it, calls of the module's layers have `adapters`.
+        """Within the context, calls of the module's layers use `adapters`.
 
         Args:
             adapters: of the batch.

@@ -87,7 +87,7 @@ class Adapter:
         return cls(AdapterConfig(rank), factors)
 
     def restricted_to(self, sites: dict[str, Site]) -> Adapter:
-        """What a pipeline stage with these `sites` has of it."""
+        """The factors that a pipeline stage with these `sites` needs."""
         factors = {name: f for name, f in self.factors.items() if name in sites}
         return Adapter(self.config, factors, self.embeddings & factors.keys())
 

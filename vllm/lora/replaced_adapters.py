@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Adapters that were replaced in place, whose cached prefixes are of other weights.
+"""Forgets the cached prefixes of an adapter whose weights were replaced in place.
 
-The key of a cached block has the adapter's name and path, which stay the same. With the
-number of replacements in it too, no later request finds a block of the earlier weights.
+The key of a cached block has the adapter's name and path, which stay the same. This
+adds the number of replacements, so that no later request finds a block of the earlier
+weights.
 """
 
 from __future__ import annotations

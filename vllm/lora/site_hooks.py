@@ -139,7 +139,7 @@ class SiteHook:
         return output + delta.view(output.shape)
 
     def _adds_in_place(self, flat: torch.Tensor, output: torch.Tensor) -> bool:
-        """Whether one operator does it: in an engine, where no rank divides a sum."""
+        """Whether `lora_add` does all of it: in an engine, if no sum is over ranks."""
         site = self.site
         return (
             isinstance(self.slots.a, torch.Tensor)

@@ -160,7 +160,7 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
 
 
 def unknown_module(name: str, known: Iterable[str]) -> ValueError:
-    """The error for an adapter that changes what is no site."""
+    """The error for an adapter that names a module which is no site."""
     ends = sorted({other.rpartition(".")[2] for other in known if other})
     return ValueError(
         f"The adapter changes {name}, which is no linear layer or embedding of the "

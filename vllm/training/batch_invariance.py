@@ -49,7 +49,10 @@ def _upstream() -> Any:
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
                 raise
-    raise ModuleNotFoundError(f"vLLM has none of {', '.join(MODULES)}.")
+    raise ModuleNotFoundError(
+        f"vLLM has none of {', '.join(MODULES)}; expected one, with the "
+        "batch-invariant operators. Use a release of vLLM that this package supports."
+    )
 
 
 _lock = threading.Lock()
@@ -173,7 +176,7 @@ def _set_environment(name: str, value: str | None) -> None:
 
 
 def _read_environment_again() -> None:
-    """Has vLLM forget what it keeps of the environment since an engine was started."""
+    """Empty vLLM's cache of environment variables, which an engine's start filled."""
     if envs._is_envs_cache_enabled():
         envs.disable_envs_cache()
         envs.enable_envs_cache()

@@ -26,7 +26,7 @@ def clip_grad_norm_(
         module: A model with vLLM's parallel layers, Megatron's, or DTensors, divided
             over vLLM's tensor-parallel group.
         max_norm: What the norm may be at most.
-        context: This rank's place, which only Megatron's layers do not know.
+        context: This rank's place; needed for Megatron's layers, which do not know it.
 
     Returns:
         The norm before clipping: a float32 scalar with the same value on all ranks.
@@ -56,7 +56,7 @@ def clip_grad_norm_(
             counted += [local for box, local in parts if box.replica == 0]
         elif group.rank_in_group == 0:
             counted.append(grad)
-    # Not torch.nn.utils.get_total_norm: that of bfloat16 gradients is in bfloat16.
+    # Not torch.nn.utils.get_total_norm, which returns bfloat16 for bfloat16 gradients.
     square = torch.zeros((), device=group.device)
     for grad in counted:
         square += torch.linalg.vector_norm(grad, dtype=torch.float32).square()

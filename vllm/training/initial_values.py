@@ -28,7 +28,7 @@ def initialize_parameters(
         module: A model with vLLM's parallel layers, Megatron's, or DTensors.
         initialize: Called as `initialize(name, tensor)` for each whole parameter, in
             the order of `named_parameters`, to fill the tensor in place.
-        context: This rank's place, which only Megatron's layers do not know.
+        context: This rank's place; needed for Megatron's layers, which do not know it.
 
     """
     layouts = divided_parameters(module, context)

@@ -21,7 +21,7 @@ def divided_parameters(
 
     Args:
         module: With vLLM's layers, Megatron's, or DTensors.
-        context: This rank's place, which only Megatron's layers do not know.
+        context: This rank's place; needed for Megatron's layers, which do not know it.
 
     """
     place = context or ParallelContext()

@@ -78,7 +78,7 @@ def _load_from_package(directory: Path, reference: str) -> Any:
     if not (directory / f"{file}.py").is_file():
         raise ValueError(
             f"config.json names {reference} as its model, in auto_map, but there is no "
-            f"{file}.py in {directory}."
+            f"{file}.py in {directory}. Add the file, or correct auto_map."
         )
     digest = hashlib.sha256(str(directory.resolve()).encode())
     for path in sorted(directory.rglob("*.py")):
@@ -96,8 +96,8 @@ def _load_from_package(directory: Path, reference: str) -> Any:
 class _SourceLoader(SourceFileLoader):
     """Compiles a file each time, and neither reads nor writes bytecode beside it.
 
-    Bytecode counts as current if the file's size is the same and its time, to the
-    second: an edit may keep both. A model's directory may also be read-only.
+    Python takes bytecode for current if the file's size and its time in seconds are
+    unchanged, and an edit may keep both. A model's directory may also be read-only.
     """
 
     def get_code(self, fullname: str) -> CodeType:

@@ -125,7 +125,7 @@ def generation_source(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def named_dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype that vLLM found in `config`, or that a string in its file names."""
+    """The dtype that `config.json` names, or else the one that vLLM found."""
     if isinstance(config, RegisteredModelConfig):
         values = vars(config)
         for value in (values.get("dtype"), values.get("torch_dtype")):

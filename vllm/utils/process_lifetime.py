@@ -72,8 +72,8 @@ def _remove(path: str) -> None:
 def exit_on_interrupt() -> None:
     """Let Ctrl-C end this program at once, until another handler is installed.
 
-    An event loop would cancel its task at the next `await`, and an engine starts in
-    between: minutes. It is not an error that needs a traceback.
+    An event loop would cancel its task only at the next `await`, which is minutes away
+    while an engine starts. An interrupt is not an error that needs a traceback.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
 
@@ -82,7 +82,7 @@ def exit_on_interrupt() -> None:
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C raise `KeyboardInterrupt` in the block, also under asyncio.
 
-    asyncio would cancel the task that waits here, which is at its next `await`.
+    asyncio would only cancel the task at its next `await`, after this block.
     """
     handler = signal.getsignal(signal.SIGINT)
     of_asyncio = isinstance(handler, partial) and (
@@ -144,9 +144,9 @@ def exit_with_parent() -> None:
 def exit_with_executor(death_pipe: Connection, ready_pipe: Connection) -> None:
     """End this worker when `death_pipe` closes: its executor shuts down, or is gone.
 
-    At once while it starts, when all it could do is to hold up the others. A worker
-    that has reported on `ready_pipe`, and closed it, has time to end by itself, unless
-    it is stuck in a collective.
+    A worker that is still starting ends at once, because it could only delay others.
+    A worker that has reported on `ready_pipe`, and closed it, gets time to end by
+    itself; one that is stuck in a collective ends when this time is over.
     """
     _prepare_child()
 
@@ -161,7 +161,7 @@ def exit_with_executor(death_pipe: Connection, ready_pipe: Connection) -> None:
 
 def _prepare_child() -> None:
     _block_interrupts()  # a fork server's child does not inherit it
-    # Else the interpreter collects its garbage when it ends, for seconds.
+    # Without this, the interpreter spends seconds on garbage collection at its end.
     Finalize(None, gc.freeze, exitpriority=-1000)  # after all others
 
 

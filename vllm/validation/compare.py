@@ -10,9 +10,9 @@ says what it would have done at every position. Because it reads the *served* to
     report.print_table()
     sys.exit(report.exit_code)
 
-The two sides do not know each other: `served_tokens` reads what any engine returned,
-and a `Reference` is any function. So both may be live: `validate(llm, module)` compares
-an engine that is still updated with the module that trains and updates it.
+The two sides do not depend on each other: `served_tokens` reads what any engine
+returned, and a `Reference` is any function. So `validate(llm, module)` can compare an
+engine with the module that trains and still updates it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def is_trainer(reference: Callable[..., Any]) -> bool:
 def logits_of_trainer(
     module: nn.Module, vocab_size: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Token ids `[seq]` -> logits `[seq, vocab]` by a whole module as it is then.
+    """A reference that calls a whole module with the weights it has at each call.
 
     The module is called in its evaluation mode, and gets back the one that it had.
     """

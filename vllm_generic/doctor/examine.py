@@ -203,7 +203,9 @@ class _Examination:
                 return
             built = self._built(module, config)
             try:
-                built = replace(built, adapted=registration.adapted(module, config))
+                seen = registration.look(module, config)
+                adapted = registration.adapted(module, config, seen)
+                built = replace(built, adapted=adapted)
             except Exception as error:  # noqa: BLE001
                 self.report.add("call", "refused", said(error))
                 look_at_plans(built, self.report)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Rollouts of many turns, as coroutines: what was sampled and given, token by token.
+"""Rollouts of many turns, as coroutines that record every token of an episode.
 
     async def play(episode: Episode) -> float:
         turn = await episode.sample()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What one rank of a trainer does for all: the first has the engine."""
+"""Runs an action on the trainer's first rank, which has the engine, for all ranks."""
 
 from __future__ import annotations
 

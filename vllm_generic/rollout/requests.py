@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""From a batch of prompts to requests: checked, seeded, and how long they may take."""
+"""Makes requests from a batch of prompts: checks, seeds and expected lengths."""
 
 from __future__ import annotations
 

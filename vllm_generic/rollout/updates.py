@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Updates of a policy's weights, and their numbers, whatever engines come and go."""
+"""Updates a policy's weights, and numbers the updates across changes of engines."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Updates:
 
     def number(self, output: RequestOutput) -> RequestOutput:
         """Replace the labels of an output's weights by numbers of this object's."""
-        if self._sync is None:  # labels are of whoever has used the engine before
+        if self._sync is None:  # another user of the engine set these labels
             number_versions(output, lambda label: self.version)
         else:
             number_versions(output, self._number)

@@ -53,7 +53,7 @@ def read(path: Path, model: str) -> tuple[Keys, Keys]:
 def _with_includes(
     path: Path, keys: Keys, including: tuple[Path, ...]
 ) -> tuple[Keys, Keys]:
-    """A file's own keys and those of its includes, where the later one counts."""
+    """A file's own keys and those of its includes; a later include wins."""
     here = path.resolve()
     if here in including:
         chain = " → ".join(each.name for each in (*including, here))

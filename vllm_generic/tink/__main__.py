@@ -12,6 +12,7 @@ from vllm_generic.tink.settings import (
     Settings,
     default_port,
     default_root,
+    default_trainer,
     flag,
     parse_api_keys,
     vllm_urls,
@@ -49,10 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--trainer",
-        choices=("module", "hf"),
-        default="hf" if "USE_MEGATRON" in os.environ else "module",
-        help="the module that vLLM serves, or Hugging Face and PEFT; also "
-        "USE_MEGATRON=false for hf",
+        choices=("module", "megatron", "hf"),
+        default=default_trainer(),
+        help="the module that vLLM serves; a Megatron model of its weights, also "
+        "USE_MEGATRON=true; or Hugging Face and PEFT, also USE_MEGATRON=false",
     )
     serve.add_argument(
         "--packed",
@@ -91,11 +92,6 @@ def main() -> int:
         from vllm_generic.tink.status import print_status
 
         return print_status(arguments.url)
-    if flag(os.environ, "USE_MEGATRON"):
-        parser.error(
-            "USE_MEGATRON=true, but this version does not train with megatron-core; "
-            "unset it, or say USE_MEGATRON=false for Hugging Face and PEFT"
-        )
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )

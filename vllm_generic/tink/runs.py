@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Training runs: the order of their requests, and what must happen to resume them."""
+"""Training runs: the order of their requests, and how they resume."""
 
 import json
 import time
@@ -162,7 +162,7 @@ class Runs:
         return f"{run_id}/{seq}"
 
     def journal(self, run: Run, before: int) -> list[Operation]:
-        """What was executed after the last snapshot and has to be executed again."""
+        """The requests since the last snapshot, which have to be executed again."""
         rows = self._store.operations(run.id, run.snapshot_seq, (DONE,))
         return [Operation.of(row) for row in rows if row["seq"] < before]
 

@@ -27,7 +27,7 @@ SAMPLE = "sample"
 
 
 def sampling_params(params: requests.SamplingParams) -> SamplingParams:
-    """No ``stop`` stops at the end-of-sequence token, an empty list at nothing."""
+    """Without ``stop``, sampling ends at the end-of-sequence token; with [], never."""
     stop = params.stop
     if stop is None:
         stop = []

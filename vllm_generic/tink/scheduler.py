@@ -125,7 +125,7 @@ class Scheduler:
         except Exception as error:
             self._futures.fail_with(step.operation.id, error)
             if not isinstance(error, UserError):
-                # It may have stopped half-way: the state before it is restored.
+                # The work may have stopped half-way, so restore the state before it.
                 await self._in_thread(self._training.unload, step.run)
         return None
 

@@ -59,7 +59,7 @@ def build_service(settings: Settings) -> Service:
 
 def _module(settings: Settings, base: Any) -> PackedModel | WholeModel | None:
     """Packed, or one sequence at a time by Hugging Face's own code; None if unused."""
-    if settings.trainer == "hf" and not settings.has_engine:
+    if settings.trainer != "module" and not settings.has_engine:
         return None
     try:
         return pack(base)
@@ -78,10 +78,14 @@ def _trainer(
     """
     if settings.trainer == "hf":
         return HFTrainer(copy_sharing_parameters(base))
-    assert module is not None
     packed = settings.packed
     if packed is None:
         packed = settings.device != "cpu"
+    if settings.trainer == "megatron":
+        from vllm_generic.tink.backends.megatron_trainer import MegatronTrainer
+
+        return MegatronTrainer(base, packed)
+    assert module is not None
     return ModuleTrainer(module, packed and isinstance(module, PackedModel))
 
 

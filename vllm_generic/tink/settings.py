@@ -33,6 +33,13 @@ def default_port() -> int:
     return next(port for port in itertools.count(8000) if port not in taken)
 
 
+def default_trainer() -> str:
+    """By USE_MEGATRON; without it the module that vLLM serves."""
+    if "USE_MEGATRON" not in os.environ:
+        return "module"
+    return "megatron" if flag(os.environ, "USE_MEGATRON") else "hf"
+
+
 def default_root() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "tink"
@@ -49,7 +56,7 @@ class Settings:
     # key -> user; with none, every key is taken, and each is a user of its own
     api_keys: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
-    trainer: str = "module"  # or "hf"
+    trainer: str = "module"  # or "megatron", or "hf"
     packed: bool | None = None  # by default on a GPU
     sampler: str = "hf"  # or "vllm", or "megatron"
     megatron_url: str = "http://localhost:5000"  # of a text-generation server

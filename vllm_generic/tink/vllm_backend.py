@@ -32,7 +32,7 @@ def _urls(config: Mapping[str, Any]) -> list[str]:
 
 def initialize_vllm_client(config: Mapping[str, Any] | None = None) -> VLLMServers:
     """Connect to ``config["base_url"]`` or VLLM_BASE_URL, which may name several
-    servers, separated by commas. A second call connects anew."""
+    servers, separated by commas. A second call makes new connections."""
     global _servers
     servers = VLLMServers(_urls(config or {}))
     with _lock:

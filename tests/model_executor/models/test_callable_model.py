@@ -112,7 +112,7 @@ class TestRegistration:
     def test_return_annotation_declares_capabilities(self):
         class Annotated(TinyModel):
             supports_pp = True
-            has_inner_state = True
+            is_attention_free = True
 
             def make_empty_intermediate_tensors(self, *args):
                 raise NotImplementedError
@@ -122,10 +122,10 @@ class TestRegistration:
 
         ModelRegistry.register_model("TinyModel", factory)
         info = ModelRegistry.models["TinyModel"].inspect_model_cls()
-        assert info.supports_pp and info.has_inner_state
-        ModelRegistry.register_model("TinyModel", factory, has_inner_state=False)
+        assert info.supports_pp and info.is_attention_free
+        ModelRegistry.register_model("TinyModel", factory, is_attention_free=False)
         info = ModelRegistry.models["TinyModel"].inspect_model_cls()
-        assert info.supports_pp and not info.has_inner_state
+        assert info.supports_pp and not info.is_attention_free
 
     def test_a_pooling_model_does_not_generate_text(self):
         ModelRegistry.register_model("TinyModel", build, is_pooling_model=True)
@@ -205,13 +205,13 @@ class TestTransport:
         (tmp_path / "broken_there.py").write_text("def build(c, p): ...")
         monkeypatch.syspath_prepend(tmp_path)
         factory = importlib.import_module("broken_there").build
-        model = _CallableRegisteredModel("M", factory, {"has_inner_state": True})
+        model = _CallableRegisteredModel("M", factory, {"is_attention_free": True})
         pickled = pickle.dumps(model)
         monkeypatch.delitem(sys.modules, "broken_there")
         (tmp_path / "broken_there.py").write_text("1 / 0")
         importlib.invalidate_caches()
         copied = pickle.loads(pickle.dumps(pickle.loads(pickled)))
-        assert copied.capabilities == {"has_inner_state": True}
+        assert copied.capabilities == {"is_attention_free": True}
         with pytest.raises(ImportError, match="division by zero") as error:
             copied.factory(None, None)
         assert "broken_there.py" in error.value.__notes__[0]
@@ -296,10 +296,10 @@ class TestTransport:
         assert not other.inspect_model_cls().supports_pp
         assert "named" not in sys.modules  # another process asked it
         (tmp_path / "declared.py").write_text(
-            "from torch import nn\nclass M(nn.Module):\n    has_inner_state = True\n"
+            "from torch import nn\nclass M(nn.Module):\n    is_attention_free = True\n"
         )
         info = model.inspect_model_cls()
-        assert info.has_inner_state and not info.supports_pp
+        assert info.is_attention_free and not info.supports_pp
         assert info.architecture == "First"
 
     def test_what_was_replaced_is_not_kept(self, model_dir):

@@ -32,6 +32,7 @@ def on_stage(monkeypatch):
         # The other stage is not there to say which weights it has.
         monkeypatch.setattr(load, "_shapes_on_all_ranks", lambda shapes, _: shapes)
         model_config = SimpleNamespace(
+            runner_type="generate",
             get_vocab_size=lambda: 8,
             get_hidden_size=lambda: HIDDEN,
             get_total_num_hidden_layers=lambda: num_layers,
@@ -46,7 +47,9 @@ def on_stage(monkeypatch):
             parallel_config=ParallelConfig(pipeline_parallel_size=2),
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
-            compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
+            compilation_config=SimpleNamespace(
+                mode=CompilationMode.NONE, static_forward_context={}
+            ),
             lora_config=None,
         )
         registered = _CallableRegisteredModel(

@@ -87,7 +87,8 @@ def check_failures(served):
     """They end no engine, and nothing but whole weights is served."""
     old, new = served.old, served.new
     served.assert_serves(old)
-    name = "layers.1." + ("qkv" if "layers.1.qkv.weight" in new else "mlp.up")
+    vllm_layers = "layers.1.qkv.weight" in new
+    name = "layers.1." + ("qkv" if vllm_layers else "attention.q_proj")
     wrong = (f"{name}.bias", torch.ones(3))
     misshaped = f"mis-shaped: {name}.bias"
 
@@ -103,7 +104,8 @@ def check_failures(served):
     served.apply(load_parts, parts=one_by_one(old))
     served.assert_serves(old)
 
-    if "layers.1.qkv.weight" in new:  # packed, so that no old values are left
+    if vllm_layers or "layers.1.mlp.experts.0.up_proj.weight" in new:
+        # Packed, so that no old values are left.
         with pytest.raises(Exception, match="A sparse patch came for .*packed"):
             served.apply(load_sparse, weights=shuffled(new), old=old)
     else:

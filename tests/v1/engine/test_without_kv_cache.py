@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_model import HIDDEN, VOCAB, TinyModel, greedy, trained_model
+from tiny_model import HIDDEN, POSITIONS, VOCAB, TinyModel, greedy, trained_model
 from torch import nn
 
 from vllm import ModelRegistry, SamplingParams
@@ -27,8 +27,11 @@ class Bigrams(TinyModel):
     """Each token follows from the one before it and from its position."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without TinyModel's attention
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.positions = nn.Embedding(POSITIONS, HIDDEN)
         self.layers = nn.ModuleList()
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
 
     def load_weights(self, weights: object) -> None:
         self.load_state_dict(trained_model().state_dict(), strict=False)
@@ -72,7 +75,10 @@ def test_a_pooling_model_whose_prompts_do_not_fit_is_refused(
     start: Callable, model_dir_with_tokenizer: object
 ) -> None:
     ModelRegistry.register_model(
-        "TinyModel", lambda c, p: Embedder(c), is_pooling_model=True
+        "TinyModel",
+        lambda c, p: Embedder(c),
+        is_pooling_model=True,
+        attn_type="encoder_only",
     )
     with pytest.raises(ValueError, match=r"\(16\) is smaller than max_model_len"):
         start(

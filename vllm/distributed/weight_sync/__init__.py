@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A trainer's weights into a running engine, each rank's own part of them.
+"""Copies a trainer's weights into running engines, to each rank its own part.
 
 `WeightSync` is the trainer's side. The engine's side is a backend of vLLM's weight
 transfer, which every registered callable has unless another one is asked for.
@@ -15,7 +15,7 @@ __all__ = ["WeightSync"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "WeightSync":  # an engine's ranks do without it, and what it imports
+    if name == "WeightSync":  # imported late: an engine's ranks do not need it
         from vllm.distributed.weight_sync.sync import WeightSync
 
         return WeightSync

@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Copying blocks of tensors, and summing them in the same pass over memory."""
+"""Copying blocks of tensors, and summing them in the same pass over memory.
+
+On a CPU, NumPy copies and sums. PyTorch's operators divide a chunk among threads that
+wait for each other at its end, and for long where all cores are busy, as they are while
+both sides of an update run on one machine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
+# The bits of positive infinity.
+INFINITY = {
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F80_0000,
+    torch.float64: 0x7FF0_0000_0000_0000,
+}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,6 +39,10 @@ class Sums:
         """Add some of its elements; their values only if `total` is asked for."""
         self._bits.append(_sum_bits(part, self._words))
         if values and part.is_floating_point():
+            if part.device.type == "cpu":
+                finite = _is_finite(part)
+                self._values.append(torch.tensor(0.0 if finite else float("nan")))
+                return
             # A sum reads each element once, and makes no tensor of the same size.
             self._values.append(part.sum().float())
 
@@ -47,9 +64,18 @@ def copy_block(place: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """Copy a block, and return the checksum of what `place` then holds."""
     sums = Sums(place)
     for to, part in chunks(place, block):
-        to.copy_(part)
+        copy_part(to, part)
         sums.add(to, values=False)
     return sums.checksum()
+
+
+def copy_part(to: torch.Tensor, part: torch.Tensor) -> None:
+    """Copy all of `part`, of any dtype and device."""
+    on_cpu = to.device.type == part.device.type == "cpu"
+    if on_cpu and to.dtype == part.dtype:
+        np.copyto(_integers(to), _integers(part))
+    else:
+        to.copy_(part)
 
 
 def sum_block(block: torch.Tensor) -> Sums:
@@ -92,10 +118,33 @@ def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 def _sum_bits(part: torch.Tensor, words: bool) -> torch.Tensor:
     size = part.dtype.itemsize
-    if not words:
-        return part.view(INTEGERS[size]).sum(dtype=torch.int64)
-    items = 8 // size  # in a word
-    places = (part.storage_offset(), *part.stride()[:-1])
-    if part.stride(-1) != 1 or any(place % items for place in places):
-        part = part.clone(memory_format=torch.contiguous_format)
-    return part.view(torch.int64).sum()
+    bits = INTEGERS[size]
+    if words:
+        items = 8 // size  # in a word
+        places = (part.storage_offset(), *part.stride()[:-1])
+        if part.stride(-1) != 1 or any(place % items for place in places):
+            part = part.clone(memory_format=torch.contiguous_format)
+        bits = torch.int64
+    if part.device.type == "cpu":
+        return torch.tensor(_integers(part, bits).sum(dtype=np.int64))
+    return part.view(bits).sum(dtype=torch.int64)
+
+
+def _integers(part: torch.Tensor, bits: torch.dtype | None = None) -> np.ndarray:
+    """The bits of a tensor of a CPU, as a view."""
+    return part.detach().view(bits or INTEGERS[part.dtype.itemsize]).numpy()
+
+
+def _is_finite(part: torch.Tensor) -> bool:
+    """Whether no element is an infinity or NaN, of a tensor of a CPU.
+
+    Those are the largest bit patterns there are, of either sign. As signed integers the
+    positive ones are the largest, and as unsigned ones the negative ones are.
+    """
+    limit = INFINITY.get(part.dtype)
+    if limit is None or part.numel() == 0:
+        return bool(torch.isfinite(part).all())
+    signed = _integers(part)
+    unsigned = signed.view(f"u{signed.dtype.itemsize}")
+    sign = 1 << (8 * signed.dtype.itemsize - 1)
+    return int(signed.max()) < limit and int(unsigned.max()) < sign + limit

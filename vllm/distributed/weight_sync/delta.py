@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Blocks that travel whole, or as those of their elements that have changed.
+"""Sends a block whole, or only those of its elements that have changed.
 
 A source keeps the bits that it sent last, in the dtype that is served, and compares.
 What a target then has is bit for bit what a whole block would have given it, which a
 checksum over the whole block proves.
 
-Of a changed block travel the flat indices, int32 `[changed]`, and from the next
-multiple of 8 bytes on the new values, `[changed]`.
+A changed block travels as the flat indices of the changed elements, int32
+`[changed]`, and then their new values, `[changed]`, which begin at the next multiple of
+8 bytes.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vllm.distributed.weight_sync.blocks import (
@@ -22,10 +24,11 @@ from vllm.distributed.weight_sync.blocks import (
     checksum,
     chunks,
     copy_block,
+    copy_part,
 )
 from vllm.distributed.weight_sync.traffic import Block
 
-WHOLE = -1  # the count of a block of which all elements travel
+WHOLE = -1  # in the place of a count: all elements of the block travel
 _MAX_INDEX = torch.iinfo(torch.int32).max
 
 
@@ -75,31 +78,26 @@ class Deltas:
         sums = Sums(place)
         if not self._keeps:
             for to, part in chunks(place, source):
-                to.copy_(part)
+                copy_part(to, part)
                 sums.add(to)
             return Written(WHOLE, sums)
         most = _most_changed(block) if self._compares else -1
         if block.index not in self._bits:
             self._bits[block.index] = place.new_empty(place.numel())
         sent = self._bits[block.index]
-        integers = INTEGERS[block.dtype.itemsize]
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
         changed, start = 0, 0
         for to, part in chunks(place, source):
-            to.copy_(part)
+            copy_part(to, part)
             sums.add(to)
             new = to.view(-1)
             old = sent[start : start + len(new)]
             if changed <= most:
-                differ = new.view(integers) != old.view(integers)
-                indices = differ.nonzero().flatten()
+                indices, values = _bring_up_to_date(old, new)
                 changed += len(indices)
-            if changed <= most:
-                values = new[indices]
                 found.append(((indices + start).int(), values))
-                old[indices] = values
             else:
-                old.copy_(new)
+                copy_part(old, new)
             start += len(new)
         if changed > most:
             return Written(WHOLE, sums)
@@ -108,6 +106,38 @@ class Deltas:
             torch.cat([indices for indices, _ in found], out=to_indices)
             torch.cat([values for _, values in found], out=to_values)
         return Written(changed, sums)
+
+
+def _bring_up_to_date(
+    old: torch.Tensor, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the flat `old` the bits of `new`; which indices changed, and their values.
+
+    Where few change, most words of 8 bytes stay, and need one comparison each.
+    """
+    items = 8 // new.itemsize  # in a word
+    bits = INTEGERS[new.itemsize]
+    starts = (len(new), new.storage_offset(), old.storage_offset())
+    if any(start % items for start in starts):
+        indices = _where_different(new.view(bits), old.view(bits))
+        values = new[indices]
+        old[indices] = values
+        return indices, values
+    new_words, old_words = new.view(torch.int64), old.view(torch.int64)
+    words = _where_different(new_words, old_words)
+    after, before = new_words.index_select(0, words), old_words.index_select(0, words)
+    old_words.scatter_(0, words, after)
+    places = _where_different(after.view(bits), before.view(bits))
+    word = places >> (items.bit_length() - 1)
+    indices = words.index_select(0, word).mul_(items).add_(places & (items - 1))
+    return indices, after.view(new.dtype).index_select(0, places)
+
+
+def _where_different(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Indices, int64, at which two flat tensors of integers differ."""
+    if a.device.type == "cpu":  # NumPy's takes less than half of the time
+        return torch.from_numpy(np.flatnonzero(a.numpy() != b.numpy()))
+    return (a != b).nonzero().flatten()
 
 
 def nbytes_of(block: Block, changed: int) -> int:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The engines of a trainer, called all together, and how those fail that do."""
+"""Calls all engines of a trainer together, and collects their failures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Engines:
             client.init(info | {"first_rank": first, "refuses": refuses})
 
     def begin(self, update: int, pause: Mode | None) -> list[str]:
-        """Let all engines start to receive, paused if a mode says how; how some failed.
+        """Let all engines start to receive, paused first if `mode` is given.
 
         If one fails, nothing is to be sent to any.
         """
@@ -97,7 +97,7 @@ class Engines:
         return failures or self.call(begin)
 
     def finish(self, version: str | None) -> list[str]:
-        """Let those that have begun commit or discard; how some failed."""
+        """Let the engines that have begun commit or discard; returns their failures."""
 
         def finish(client: Client) -> None:
             if client.name in self._begun:
@@ -106,7 +106,7 @@ class Engines:
         return self.call(finish)
 
     def call(self, action: Callable[[Client], None]) -> list[str]:
-        """Call every engine, also after one has failed; how those failed.
+        """Call every engine, also after one has failed; returns the failures.
 
         What an engine says after its first failure of an update is left out.
         """

@@ -98,7 +98,15 @@ class Manifest:
 
 
 def manifest_of(names: ModuleNames, device: torch.device) -> Manifest:
-    """Of a module's tensors. Shard i is of `names.held[i]`."""
+    """Of a module's tensors. Shard i is of `names.held[i]`.
+
+    Raises:
+        ValueError: where the parts of one lie cannot be told.
+
+    """
+    refusal = next((e.refusal for e in names.held if e.refusal is not None), None)
+    if refusal is not None:
+        raise ValueError(refusal)
     shards = [
         Shard(
             tuple(sorted({without_wrappers(name) for name in entry.names})),
@@ -111,7 +119,7 @@ def manifest_of(names: ModuleNames, device: torch.device) -> Manifest:
 
 
 def _wanted(layout: Layout) -> Layout:
-    """All of a tensor whose parts only the layer's own loader knows."""
+    """The whole tensor, where only the layer's own loader knows which part it needs."""
     if layout.boxes:
         return layout
     zeros = (0,) * len(layout.shape)

@@ -95,10 +95,10 @@ def wait_until(
     what: str,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Look again and again until `ready()`; `check` is called now and then.
+    """Poll until `ready()` is true, and call `check` from time to time.
 
     Raises:
-        TimeoutError: it was not by `deadline`, of `time.monotonic()`.
+        TimeoutError: it was not true by `deadline`, a time of `time.monotonic()`.
         ConnectionError: `check` raises it, because the other end is gone.
 
     """

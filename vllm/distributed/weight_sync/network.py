@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Buckets from one trainer rank to one engine rank that share no memory.
+"""Sends buckets from a trainer rank to an engine rank that shares no memory with it.
 
 Both make a process group of two: gloo's, or NCCL's if both have devices of their own.
-Of each bucket travels a header, int64 `[2, blocks]` with the number of changed elements
-and the checksum of each block, and then the bytes of all blocks one after the other.
+A bucket travels as a header, int64 `[2, blocks]`, and then the bytes of all blocks one
+after the other. The header has the number of changed elements and the checksum of each
+block.
 While one bucket is on its way, another one is filled or read.
 """
 

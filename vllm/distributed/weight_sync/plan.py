@@ -3,8 +3,7 @@
 """Who sends which block of which tensor to whom.
 
 Every rank derives the same plan from the manifests of all ranks, so nothing has to be
-agreed. Each target gets each of its elements once; the number of bytes that move is
-thus the smallest there is.
+agreed. Each target gets each of its elements once, so no plan moves fewer bytes.
 
 A large model has many tensors and few ways in which they are divided. What goes where
 is computed once for each of these ways. Which tensors of the two sides are the same is
@@ -230,7 +229,7 @@ class _Block:
         return _Block(tuple(start), tuple(sizes))
 
     def without(self, inner: _Block) -> list[_Block]:
-        """What is left of this block without `inner`, which lies in it."""
+        """The parts of this block that are outside `inner`, a block within it."""
         left, start, sizes = [], list(self.start), list(self.sizes)
         for axis in range(len(start)):
             low, high = inner.start[axis], inner.start[axis] + inner.sizes[axis]

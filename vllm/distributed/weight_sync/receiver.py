@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""An engine rank's side: it copies its pieces from where the trainer shows them."""
+"""An engine rank: it copies its blocks from the trainer's tensors or buckets."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Receiver:
 def receiver_of(
     rank: int, source: int, location: Location, rendezvous: Rendezvous
 ) -> Receiver | NetworkReceiver:
-    """What receives in the way that the trainer rank has chosen."""
+    """The receiver for the transport that the trainer rank has chosen."""
     links = rendezvous.get(f"address/{source}")["links"]
     if str(rank) in links:
         return NetworkReceiver(rank, source, links[str(rank)], rendezvous)

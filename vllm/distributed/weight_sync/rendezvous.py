@@ -88,7 +88,7 @@ class Rendezvous:
         limit = self.timeout if limit is None else limit
         deadline = time.monotonic() + limit
         try:
-            # Looking is quiet; `TCPStore.wait` logs each time that it ends in vain.
+            # Polls, because `TCPStore.wait` logs each time-out as an error.
             wait_until(lambda: self.has(key), deadline, f"{what}, {limit:.0f} s", check)
             return self.store.get(key)
         except (DistNetworkError, DistStoreError) as error:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The trainer's side of one rank: it shows its tensors, or fills buckets with them."""
+"""A trainer rank: it lets engines read its tensors, or fills buckets with them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Sender:
         if outgoing.direct and self._local(outgoing.direct[0]).is_cuda:
             torch.cuda.current_stream().synchronize()  # the optimizer's step
         progress.filled[0] = self._ring.first_tick(update) + 1
-        # While they read, what they compare with afterwards.
+        # Computed while they read, because they compare it only afterwards.
         sums = [sum_block(self._source(block)) for block in outgoing.direct]
         self._note_checksums(outgoing.direct, sums, [WHOLE] * len(sums))
         progress.summed[0] = update
@@ -207,7 +207,7 @@ class Sender:
         if not self._totals:
             return
         totals = torch.stack([total for _, total in self._totals]).to("cpu")
-        # The sum of finite values may overflow: what is not finite is looked at again.
+        # A sum of finite values may overflow, so such a block is checked by element.
         odd = [self._totals[i][0] for i in (~torch.isfinite(totals)).nonzero()]
         dtypes = {block.shard: block.dtype for block in self._outgoing.blocks()}
         found = [

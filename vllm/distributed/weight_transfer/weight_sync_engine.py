@@ -86,7 +86,8 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
         weights = find_weights(getattr(self.model, "module", self.model))
         if weights is None:
             raise TypeError(
-                f"Weight sync is for registered callables, not {type(self.model)}. "
+                f"WeightSync updates registered callables; this model is a "
+                f"{type(self.model).__name__}, which is none. "
                 "Choose another backend in weight_transfer_config."
             )
         self.shutdown()
@@ -207,7 +208,11 @@ class _Session:
             return  # never begun, or another trainer's
         thread.join(self._info.timeout)
         if thread.is_alive():
-            raise TimeoutError("An update of the weights is still under way.")
+            raise TimeoutError(
+                f"Update {self._update} of the weights has not arrived within "
+                f"{self._info.timeout} s. Look at the trainer's log, or raise the "
+                "timeout of WeightSync."
+            )
         if self._rendezvous.get(f"verdict/{self._update}"):
             self._local.commit()
             if self._stream is not None:

@@ -7,9 +7,9 @@ one (`shrink=True`) from the width of the layer to the rank, the second one back
 factors are stored with the rank first, A as `[rank, in]` and B as `[rank, out]`, so
 that an adapter of a smaller rank is a prefix of its slot.
 
-The rows of one adapter are multiplied together and apart from all others. Their result
-thus has the same bits whichever other adapters are in the batch, and in a trainer and
-an engine that hold the same rows.
+The rows of one adapter are multiplied together and apart from all others. So their
+result has the same bits whichever other adapters are in the batch, and it has the same
+bits in a trainer and in an engine that hold the same rows.
 """
 
 from __future__ import annotations

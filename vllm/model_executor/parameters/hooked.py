@@ -112,7 +112,7 @@ def _saves_itself(part: nn.Module) -> bool:
 
 
 def load_hooked(hooked: Hooked, state: dict[str, Any], kind: str, source: str) -> None:
-    """By `load_state_dict`, whose hooks rename; what fails leaves the tensors be."""
+    """Load by `load_state_dict`, whose hooks rename. A failure changes no tensor."""
     part = hooked.get_part()
     state = {name[len(hooked.prefix) :]: value for name, value in state.items()}
     tied: dict[int, list[str]] = {}
@@ -149,7 +149,7 @@ def tensors_of(
 
 
 def is_empty(value: object) -> bool:
-    """Whether an extra state says nothing."""
+    """Whether an extra state holds nothing."""
     if isinstance(value, io.BytesIO):
         return value.getbuffer().nbytes == 0
     return value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)

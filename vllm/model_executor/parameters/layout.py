@@ -182,7 +182,8 @@ def _dtensor_layout(tensor: DTensor) -> Layout:
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
             f"A parameter is a DTensor with placements {tensor.placements}; expected "
-            "shards and replicas, because parts of a sum cannot be loaded."
+            "shards and replicas, because parts of a sum cannot be loaded. "
+            "Redistribute it in the factory."
         )
     local = tensor.to_local()
     divided = [

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Whole tensors, by name, into the shards of a module: all at first, any part later."""
+"""Loads whole tensors by name into a module's shards: first all, later any part."""
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -14,18 +13,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vllm.distributed import get_ep_group, get_pp_group
-from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.experts import is_plain, pack_experts
 from vllm.model_executor.parameters.hooked import EXTRA_STATE, is_empty, load_hooked
 from vllm.model_executor.parameters.layout import layout_of
 from vllm.model_executor.parameters.names import (
     Entry,
     ModuleNames,
+    Place,
     without_wrappers,
 )
 from vllm.model_executor.parameters.reload import (
@@ -75,10 +74,10 @@ class ModuleWeights:
         self._module = weakref.ref(module)
         self._context = context
         self.names = ModuleNames(module, context)
-        own = _shapes_by_name(self.names)
+        own = self.names.shapes()
         self._elsewhere = {
             name: shape
-            for name, shape in _shapes_on_all_ranks(own, context).items()
+            for name, shape in self.names.shapes_on_all_ranks(context).items()
             if name not in own
         }
         self._loaded = False
@@ -94,7 +93,7 @@ class ModuleWeights:
         )
 
     def finish_first_load(self) -> None:
-        """Later loads may be partial, also after one that was not done here."""
+        """Allow partial loads from now on, also if the first one was not done here."""
         self._loaded = True
 
     def require_whole(self) -> None:
@@ -123,7 +122,10 @@ class ModuleWeights:
         self.update.begin_load()
         load = _Load(self, complete, source)
         try:
-            if isinstance(weights, Collection):
+            collected = isinstance(weights, Collection)
+            weights = self.names.unstacked(weights, source)
+            if collected:
+                weights = list(weights)
                 checks = _Load(self, complete, source)
                 for name, whole in weights:
                     checks.check(name, whole, keep=True)
@@ -138,7 +140,7 @@ class ModuleWeights:
             raise
         self._loaded = True
         self.update.finish_load(load.filled)
-        return load.filled
+        return self.names.with_stacked(load.filled)
 
     def load_model(self, model: nn.Module, weights: Weights, source: str) -> Any:
         """Load into what vLLM serves, by name or by the module's own `load_weights`.
@@ -176,7 +178,8 @@ class ModuleWeights:
                 self.update.fail_load(error, written=None)
             raise
         if loaded is not None or whole:
-            self.update.finish_load(self.names.local_names() if whole else set(loaded))
+            names = self.names.local_names() if whole else set(loaded)
+            self.update.finish_load(self.names.without_stacked(names))
         return loaded
 
     def _get_module(self) -> nn.Module:
@@ -196,13 +199,14 @@ class _Load:
         self._source = source
         self._context = weights._context
         self._kind = type(weights._get_module()).__name__
+        self._update = weights.update
         # By id of its entry: the name that was used, and the tensor if it is kept.
         self._given: dict[int, tuple[str, torch.Tensor | None]] = {}
         self._hooked: dict[str, dict[str, Any]] = {}  # by path
         self._hooked_done: set[str] = set()
         self._states: dict[str, Any] = {}
         # Of packed layers with several tensors, until all have come.
-        self._waiting: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        self._waiting: dict[nn.Module, dict[Place, torch.Tensor]] = {}
         self._packed: set[nn.Module] = set()
         self._surplus: list[str] = []
         self._misshaped: list[str] = []
@@ -245,6 +249,8 @@ class _Load:
                 "_orig_mod. They are read without.",
                 self._source,
             )
+        if entry.refusal is not None:
+            raise ValueError(entry.refusal)
         if whole.shape != entry.layout.shape:
             self._misshaped.append(_misshaped(name, whole, entry.layout.shape))
             self._given.setdefault(id(entry), (name, None))
@@ -259,7 +265,7 @@ class _Load:
         return entry
 
     def _check_elsewhere(self, name: str, whole: torch.Tensor) -> None:
-        """Of a tensor that other ranks take, so that all of them refuse the same."""
+        """Check a tensor that only other ranks take, so that all raise one error."""
         plain = without_wrappers(name)
         known = next((n for n in (name, plain) if n in self._elsewhere), None)
         if known is None:
@@ -268,7 +274,7 @@ class _Load:
             self._misshaped.append(_misshaped(name, whole, shape))
 
     def _compare(self, entry: Entry, name: str, whole: torch.Tensor) -> None:
-        """Of names that share one tensor, all have to bring the same."""
+        """Note a conflict if two names of one tensor bring different values."""
         first, kept = self._given[id(entry)]
         if kept is not None:
             same = _same(kept, whole)
@@ -280,6 +286,7 @@ class _Load:
                 if (local := place.local_tensor) is not None
                 and local.shape == layout.local_shape
                 and not local.is_meta
+                and (place.part is None or self._first)  # packed since
             )
         if not same:
             self._conflicts.append(f"{first} and {name}")
@@ -326,6 +333,8 @@ class _Load:
         for owner in [] if self._first else self._packed:
             names = self._names.packed_together(owner)
             refuse_patches(owner, [entry.name for entry in names.values()])
+            if is_plain(owner):
+                continue  # its experts may come in several calls
             came = [e.name for e in names.values() if id(e) in self._given]
             missing = [e.name for e in names.values() if id(e) not in self._given]
             if missing:
@@ -376,7 +385,10 @@ class _Load:
             owner, leaf = place.at
             packed = not self._first and is_packed(owner)
             if packed and not is_loaded_in_place(owner, leaf):
-                self._write_packed(owner, leaf, whole)
+                if place.part is not None:
+                    self._write_expert(place, entry, whole)
+                    return
+                self._write_packed(place, whole)
                 continue
             tensor, local = place.tensor, place.local_tensor
             if tensor is None or local is None:
@@ -387,50 +399,42 @@ class _Load:
             if id(tensor) in written:
                 continue
             written.add(id(tensor))
-            if local.shape != entry.layout.local_shape:  # divided since
+            if place.part is None and local.shape != entry.layout.local_shape:
+                # Divided since.
                 entry.layout = layout_of(tensor, owner, self._context)
             self.written |= entry.local_names
-            if hasattr(tensor, "weight_loader") and not isinstance(tensor, DTensor):
+            plain = place.part is None and not isinstance(tensor, DTensor)
+            if hasattr(tensor, "weight_loader") and plain:
                 tensor.weight_loader(tensor, whole)
             else:
                 entry.layout.load(local, whole)
         self.filled |= entry.local_names
 
-    def _write_packed(self, owner: nn.Module, leaf: str, whole: torch.Tensor) -> None:
+    def _write_packed(self, place: Place, whole: torch.Tensor) -> None:
+        owner = place.owner
         entries = self._names.packed_together(owner)
         waiting = self._waiting.setdefault(owner, {})
         # A copy, because the next tensor may come in the same buffer.
-        waiting[leaf] = whole.clone() if len(entries) > 1 else whole
+        waiting[place] = whole.clone() if len(entries) > 1 else whole
         if waiting.keys() == entries.keys():
             self.written |= {name for e in entries.values() for name in e.local_names}
-            repack(owner, self._waiting.pop(owner))
+            tensors = self._waiting.pop(owner)
+            repack(owner, {at.leaf: tensor for at, tensor in tensors.items()})
 
-
-Shapes = dict[str, torch.Size | None]
-
-
-def _shapes_by_name(names: ModuleNames) -> Shapes:
-    """Of all that a checkpoint of this module holds; None of what is no tensor."""
-    return {
-        **{name: entry.layout.shape for name, entry in names.entries.items()},
-        **dict.fromkeys(names.extra_states),
-        **{name: None for h in names.hooked for name in h.state_names()},
-    }
-
-
-def _shapes_on_all_ranks(shapes: Shapes, context: ParallelContext) -> Shapes:
-    """With those of the other pipeline stages and expert-parallel ranks."""
-    groups = []
-    if context.pipeline_parallel_size > 1:
-        groups.append(get_pp_group())
-    if context.expert_parallel_size > 1:
-        groups.append(get_ep_group())
-    found = dict(shapes)
-    for group in groups:
-        for text in all_gather_text(json.dumps(found), group.cpu_group):
-            for name, shape in json.loads(text).items():
-                found[name] = None if shape is None else torch.Size(shape)
-    return found
+    def _write_expert(self, place: Place, entry: Entry, whole: torch.Tensor) -> None:
+        """Keep an expert's tensor until all of its layer have come, in any call."""
+        owner, layout = place.owner, entry.layout
+        waiting = self._update.waiting(
+            owner, lambda: self._names.packed_together(owner)
+        )
+        waiting.came[place] = whole.new_empty(layout.local_shape)
+        layout.load(waiting.came[place], whole)
+        if waiting.is_complete():
+            self._update.end_waiting(owner)
+            names = {n for e in waiting.entries.values() for n in e.local_names}
+            self.written |= names
+            pack_experts(owner, waiting.came)
+            self.filled |= names
 
 
 def _misshaped(name: str, whole: torch.Tensor, expected: torch.Size) -> str:

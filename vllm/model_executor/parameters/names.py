@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The tensors that a checkpoint of a module holds, and every name that each goes by.
+"""The tensors that a checkpoint of a module holds, with all names of each.
 
 A tensor may have several names: tied weights have one for each place, and wrappers, as
 for activation checkpointing, give it one in `state_dict()` and another in
@@ -10,19 +10,24 @@ for activation checkpointing, give it one in `state_dict()` and another in
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vllm.distributed import get_ep_group, get_pp_group
+from vllm.distributed.text_collectives import all_gather_text
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.experts import FusedExperts, Part, Stack, is_stacked
 from vllm.model_executor.parameters.hooked import (
     EXTRA_STATE,
     Hooked,
@@ -39,15 +44,20 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 FP8_LIBRARIES = {"megatron", "transformer_engine"}
 
 
+Shapes = dict[str, torch.Size | None]  # by name; None of what is no tensor
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor lies: an attribute of a module, which may be replaced by another.
 
-    vLLM replaces a layer's parameters when it packs or quantizes them.
+    vLLM replaces a layer's parameters when it packs or quantizes them. With `part` the
+    tensor is that part of one of vLLM's parameters that stack experts.
     """
 
     _owner: weakref.ref[nn.Module]
     leaf: str
+    part: Part | None = None
 
     @property
     def owner(self) -> nn.Module:
@@ -66,6 +76,8 @@ class Place:
     def local_tensor(self) -> torch.Tensor | None:
         """This rank's part of it."""
         tensor = self.tensor
+        if self.part is not None and tensor is not None:
+            return self.part.of(tensor) if tensor.numel() else None
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     @property
@@ -85,6 +97,7 @@ class Entry:
         local_names: The module's own names for it.
         optional: Whether a checkpoint may lack it.
         hooked: Whether it lies in a submodule that only its own hooks can fill.
+        refusal: Why nothing but the module's own code can load it.
 
     """
 
@@ -95,6 +108,7 @@ class Entry:
     local_names: set[str] = field(default_factory=set)
     optional: bool = True
     hooked: bool = False
+    refusal: str | None = None
 
     @property
     def local_tensor(self) -> torch.Tensor:
@@ -120,6 +134,8 @@ class ModuleNames:
         self.entries: dict[str, Entry] = {}
         self.extra_states: dict[str, weakref.ref[nn.Module]] = {}
         self.skips_extra_states = False
+        self._stacks: dict[str, Stack] = {}  # by the name that a checkpoint may have
+        self._stacked: dict[str, set[str]] = {}  # by parameter, what it holds here
         full_name = full_names(module)
         state = module.state_dict(keep_vars=True)
         self.hooked = list(find_hooked(module, state, full_name, context))
@@ -127,12 +143,21 @@ class ModuleNames:
         inside = tuple(f"{h.path}." if h.path else "" for h in self.hooked)
         by_tensor: dict[object, Entry] = {}
         by_id: dict[int, Entry] = {}
+        refusals: dict[str, str | None] = {}  # by path of a fused layer
         for path, owner, leaf, tensor in tensors_of(module):
             local_name = f"{path}.{leaf}" if path else leaf
+            if is_stacked(owner, leaf):
+                experts = FusedExperts(path, cast(RoutedExperts, owner))
+                refusals[path] = experts.refusal
+                if experts.refusal is None:
+                    for each in self._entries_of(experts, owner, leaf, local_name):
+                        each.hooked = local_name.startswith(inside)
+                        by_tensor[each.places[0]] = each
+                    continue
             entry = by_tensor.get(_identity(tensor))
             if entry is None:
                 layout = layout_of(tensor, owner, context)
-                entry = Entry(layout)
+                entry = Entry(layout, refusal=refusals.get(path))
                 by_tensor[_identity(tensor)] = entry
             by_id[id(tensor)] = entry
             place = Place(weakref.ref(owner), leaf)
@@ -160,11 +185,11 @@ class ModuleNames:
             for name in {without_wrappers(name) for name in entry.names}:
                 self._by_plain_name.setdefault(name, []).append(entry)
 
-        self._leaves: WeakKeyDictionary[nn.Module, dict[str, Entry]]
-        self._leaves = WeakKeyDictionary()
+        self._placed: WeakKeyDictionary[nn.Module, dict[Place, Entry]]
+        self._placed = WeakKeyDictionary()
         for entry in unhooked:
             for place in () if entry.optional else entry.places:
-                self._leaves.setdefault(place.owner, {})[place.leaf] = entry
+                self._placed.setdefault(place.owner, {})[place] = entry
 
         for path, part in module.named_modules():
             if type(part).get_extra_state is nn.Module.get_extra_state:
@@ -196,13 +221,55 @@ class ModuleNames:
     def find_hooked(self, name: str) -> Hooked | None:
         return next((h for h in self.hooked if name.startswith(h.prefix)), None)
 
-    def packed_together(self, layer: nn.Module) -> dict[str, Entry]:
-        """By attribute, what a layer that packs its weights has to get in one load."""
+    def packed_together(self, layer: nn.Module) -> dict[Place, Entry]:
+        """By place, the tensors that a packing layer has to get in one load."""
         return {
-            leaf: entry
-            for leaf, entry in self._leaves.get(layer, {}).items()
-            if not is_loaded_in_place(layer, leaf)
+            place: entry
+            for place, entry in self._placed.get(layer, {}).items()
+            if not is_loaded_in_place(layer, place.leaf)
         }
+
+    def unstacked(
+        self, weights: Iterable[tuple[str, Any]], source: str
+    ) -> Iterator[tuple[str, Any]]:
+        """`weights`, with the experts' own tensors for those that stack experts.
+
+        Raises:
+            ValueError: such a tensor has another shape.
+
+        """
+        for name, whole in weights:
+            stack = self._stacks.get(name)
+            if stack is None:
+                yield name, whole
+                continue
+            if tuple(whole.shape) != stack.shape:
+                raise ValueError(
+                    f"{source} does not fit: 1 mis-shaped: {name} {list(whole.shape)}, "
+                    f"expected {list(stack.shape)}."
+                )
+            yield from stack.split(whole)
+
+    def with_stacked(self, names: set[str]) -> set[str]:
+        """With those of parameters that stack experts, if all of theirs are there."""
+        whole = {name for name, held in self._stacked.items() if held <= names}
+        return names | whole
+
+    def without_stacked(self, names: set[str]) -> set[str]:
+        """With those of the experts that the parameters among `names` stack."""
+        held = [self._stacked[name] for name in names & self._stacked.keys()]
+        return names.union(*held)
+
+    def _entries_of(
+        self, experts: FusedExperts, layer: nn.Module, leaf: str, local_name: str
+    ) -> Iterator[Entry]:
+        """Of a parameter that stacks experts, an entry for each tensor of an expert."""
+        self._stacks.update(experts.stacks(leaf))
+        held = self._stacked[local_name] = set()
+        for name, layout, part in experts.tensors(leaf):
+            held.add(name)
+            place = Place(weakref.ref(layer), leaf, part)
+            yield Entry(layout, [place], {name}, [name], {name}, optional=False)
 
     def numel_of(self, layer: nn.Module) -> int:
         """How many elements of checkpoints that is, without padding."""
@@ -213,6 +280,28 @@ class ModuleNames:
         """The module's own names for everything a checkpoint holds."""
         parts: list[Entry | Hooked] = [*self.unique(), *self.hooked]
         return {name for part in parts for name in part.local_names}
+
+    def shapes(self) -> Shapes:
+        """Of all that a checkpoint of this module holds."""
+        return {
+            **{name: entry.layout.shape for name, entry in self.entries.items()},
+            **dict.fromkeys(self.extra_states),
+            **{name: None for h in self.hooked for name in h.state_names()},
+        }
+
+    def shapes_on_all_ranks(self, context: ParallelContext) -> Shapes:
+        """With those of the other pipeline stages and expert-parallel ranks."""
+        groups = []
+        if context.pipeline_parallel_size > 1:
+            groups.append(get_pp_group())
+        if context.expert_parallel_size > 1:
+            groups.append(get_ep_group())
+        found = self.shapes()
+        for group in groups:
+            for text in all_gather_text(json.dumps(found), group.cpu_group):
+                for name, shape in json.loads(text).items():
+                    found[name] = None if shape is None else torch.Size(shape)
+        return found
 
     def unique(self) -> list[Entry]:
         """The entries, each once."""

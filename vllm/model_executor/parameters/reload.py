@@ -3,10 +3,10 @@
 """New weights for vLLM's layers that have packed or quantized theirs.
 
 vLLM's layerwise reload (`vllm.model_executor.model_loader.reload`) makes a layer's
-tensors anew as they were before they were packed, loads and packs them, and copies the
+tensors again as they were before they were packed, loads and packs them, copies the
 result to where a CUDA graph expects it. It takes all layers of a model at once, and
-leaves those of which nothing came through a `weight_loader` as they were. Here it is
-used for single layers, of which everything has come.
+leaves a layer as it was if nothing of it came through a `weight_loader`. Here it is
+used for single layers, once all tensors of the layer have come.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.parameters.experts import STACKED, is_plain
 
 try:
     from vllm.model_executor.model_loader.mtp_validation import (
@@ -41,7 +42,7 @@ except ImportError:  # before 0.32.0, where weight transfer loads only lists
         return True
 
 
-# The name of what a layerwise reload wraps around weight loaders.
+# The name of the function that a layerwise reload wraps around weight loaders.
 RELOADING = "online_process_loader"
 
 
@@ -129,6 +130,8 @@ def packed_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def is_loaded_in_place(layer: nn.Module, leaf: str) -> bool:
     """Whether `leaf` of a packed layer is used as it was loaded."""
+    if is_plain(layer):
+        return leaf not in STACKED
     return leaf == "bias" and _is_unquantized(layer)
 
 
@@ -238,6 +241,6 @@ def keeps_weight(layer: nn.Module) -> bool:
 
 
 def repack_tied(layer: nn.Module) -> None:
-    """Pack the weight of an output head anew, which may be that of an embedding."""
+    """Pack an output head's weight again, after a change of the embedding it shares."""
     if keeps_weight(layer):
         cast(Any, layer).quant_method.process_weights_after_loading(layer)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""New values for the parts of tensors that this rank holds, all at once."""
+"""Keeps an update of this rank's parts of all tensors aside until it is complete."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from vllm.model_executor.parameters.experts import is_plain, pack_experts
 from vllm.model_executor.parameters.layout import Layout
 from vllm.model_executor.parameters.load import ModuleWeights
-from vllm.model_executor.parameters.names import Entry
+from vllm.model_executor.parameters.names import Entry, Place
 from vllm.model_executor.parameters.reload import (
     is_loaded_in_place,
     is_packed,
@@ -25,7 +26,7 @@ HOST_ROOM = 1.1  # staging lies on the host unless the device has so much more t
 
 
 class LocalUpdate:
-    """Where an update of all tensors is put, until it becomes the model's weights.
+    """Holds an update of all tensors until it becomes the model's weights.
 
     Args:
         weights: The module's.
@@ -79,14 +80,15 @@ class LocalUpdate:
             self._weights.update.mark_mixed("an update by WeightSync has not ended")
         if index not in self._rooms:
             entry, layout = self._entries[index], self._layouts[index]
-            local = entry.places[0].local_tensor
-            if self._staged or local is None or _packs(entry):
+            packs = _packs(entry)
+            local = None if packs else entry.places[0].local_tensor
+            if self._staged or local is None:
                 self._rooms[index] = torch.empty(
                     layout.local_shape,
                     dtype=layout.dtype,
                     device=self._staging_device(),
                 )
-                if self._released and local is not None and not _packs(entry):
+                if self._released and local is not None:
                     for box, part in layout.parts_of(local):
                         box.of_local(self._rooms[index]).copy_(part)
             else:
@@ -97,7 +99,7 @@ class LocalUpdate:
     def commit(self) -> None:
         """Make what arrived the model's weights, in place."""
         self._weights.update.mark_mixed("an update by WeightSync was not written")
-        packed: dict[nn.Module, dict[str, int]] = {}
+        packed: dict[nn.Module, dict[Place, int]] = {}
         rewritten: list[nn.Module] = []
         for index, room in self._rooms.items():
             entry, layout = self._entries[index], self._layouts[index]
@@ -106,7 +108,7 @@ class LocalUpdate:
                 owner, leaf = place.at
                 if is_packed(owner) and not is_loaded_in_place(owner, leaf):
                     if not keeps_weight(owner):
-                        packed.setdefault(owner, {})[leaf] = index
+                        packed.setdefault(owner, {})[place] = index
                         continue
                     rewritten.append(owner)
                 local = place.local_tensor
@@ -117,13 +119,16 @@ class LocalUpdate:
                     part.copy_(box.of_local(room))
         for owner in rewritten:
             repack_tied(owner)
-        for owner, leaves in packed.items():
-            index = next(iter(leaves.values()))
+        # The rooms stay: an update may bring only what has changed since.
+        for owner, at in packed.items():
+            if is_plain(owner):
+                pack_experts(owner, {place: self._rooms[i] for place, i in at.items()})
+                continue
+            index = next(iter(at.values()))
             known = bool(self._entries[index].layout.boxes)
-            # The room stays: an update may bring only what has changed since.
             if known and pack_shard(owner, self._rooms[index].clone()):
                 continue
-            repack(owner, {leaf: self._whole(index) for leaf, index in leaves.items()})
+            repack(owner, {place.leaf: self._whole(i) for place, i in at.items()})
         self._weights.update.finish_load(self._weights.names.local_names())
 
     def discard(self) -> None:

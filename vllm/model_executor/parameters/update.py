@@ -4,18 +4,40 @@
 
 An update is all loads between two steps of the engine: one call with everything, or one
 for each tensor. What fails before anything has changed leaves the old weights; what
-fails later leaves a mixture, until every tensor was loaded anew.
+fails later leaves a mixture, until every tensor has been loaded again.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from vllm.distributed.text_collectives import all_gather_text
+from vllm.model_executor.parameters.names import Entry, Place
 
 LISTED = 8
+
+Entries = Mapping[Place, Entry]
+
+
+@dataclass
+class Waiting:
+    """The tensors of a layer that have come, by their places, of all its `entries`."""
+
+    entries: Entries
+    came: dict[Place, torch.Tensor] = field(default_factory=dict)
+
+    def is_complete(self) -> bool:
+        return len(self.came) == len(self.entries)
+
+    def missing(self) -> list[str]:
+        """The names of what has not come."""
+        return [e.name for place, e in self.entries.items() if place not in self.came]
 
 
 class UpdateState:
@@ -33,12 +55,24 @@ class UpdateState:
         self._error: str | None = None  # of a load of this update
         self._why: str | None = None  # a sentence: the weights cannot be served
         self._stale: list[frozenset[str]] = []  # to be loaded to end that
+        # Layers that were begun, and pack their tensors when all have come.
+        self._waiting: dict[nn.Module, Waiting] = {}
         self.touched = False  # since the last `end`
 
     def begin_load(self) -> None:
         self.touched = True
         if self.is_complete():  # what comes now is another update
             self._new.clear()
+
+    def waiting(self, layer: nn.Module, entries: Callable[[], Entries]) -> Waiting:
+        """What has come of a layer that packs all of `entries` at once."""
+        if layer not in self._waiting:
+            self._waiting[layer] = Waiting(entries())
+        return self._waiting[layer]
+
+    def end_waiting(self, layer: nn.Module) -> None:
+        """All of a layer have come."""
+        del self._waiting[layer]
 
     def finish_load(self, names: set[str]) -> None:
         self._new |= names
@@ -70,6 +104,7 @@ class UpdateState:
         self.touched = True
         self._why, self._stale = why, list(self._tensors)
         self._new.clear()
+        self._waiting.clear()
 
     def has_new(self) -> bool:
         """Whether loads of this update have changed anything."""
@@ -86,7 +121,12 @@ class UpdateState:
         self.touched = False
 
     def problem(self) -> str | None:
-        """Why the weights cannot be served, and what to do."""
+        """Why the weights cannot be served, and what to do, when loads have ended."""
+        for layer, waiting in list(self._waiting.items()):
+            self.mark_mixed(
+                f"{listed(waiting.missing())} did not come, but vLLM packs all tensors "
+                f"of a {type(layer).__name__} at once"
+            )
         if self._why is None:
             return None
         stale = listed(sorted(min(tensor) for tensor in self._stale))
@@ -100,6 +140,7 @@ class UpdateState:
 
         A load that failed on one rank leaves a mixture if any has loaded something.
         """
+        self.problem()  # a layer that waits is an error, too
         mine = json.dumps([self._error, self.has_new(), self.is_complete()])
         states = [json.loads(text) for text in all_gather_text(mine, group)]
         errors, new, complete = zip(*states, strict=True)

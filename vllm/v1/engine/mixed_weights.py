@@ -71,9 +71,9 @@ class WeightsGuard:
         self._engine = engine
         self._step = step
         self._problem: str | None = None
-        self._unknown = False  # a call to the workers may have loaded weights
+        self._unknown = False  # whether a call to the workers may have loaded weights
         self._failure: str | None = None  # of the last such call
-        self._wrote_unseen = False  # it may have, past the model's own loader
+        self._wrote_unseen = False  # it may have done so without the loader
         options = engine.vllm_config.additional_config
         if isinstance(options, dict) and options.get(REQUIRE_UPDATE):
             self._require_update(
@@ -110,7 +110,8 @@ class WeightsGuard:
         if not self._may_run() or not (problem := self._find_problem()):
             return self._step()
         refused = self._refuse(problem)
-        outputs, executed = self._step()  # of an empty batch: the workers forget them
+        # A step of an empty batch, by which the workers forget the requests.
+        outputs, executed = self._step()
         outputs = outputs or {}
         for client, ended in refused.items():
             outputs.setdefault(client, EngineCoreOutputs()).outputs += ended
@@ -124,10 +125,10 @@ class WeightsGuard:
         return self._engine.model_executor.collective_rpc(*call)
 
     def _settle(self) -> None:
-        """Tell all ranks of a call that failed on some, if it leaves a mixture.
+        """Tell all ranks that a call failed on some rank, if it leaves a mixture.
 
-        It leaves none if nothing has changed anywhere, and the old weights are served
-        on; nor if every rank had all of its new weights before.
+        There is no mixture if nothing has changed anywhere, so that the old weights
+        serve on, or if every rank already had all of its new weights.
         """
         if self._failure is None:
             return
@@ -233,7 +234,7 @@ def raise_refusals(
         else:
             state.queue.put(error)
     if unheard is not None:
-        # One call waits for all of them, and ends here: nobody takes what comes later.
+        # One call waits for all requests. It ends here, so nobody takes later outputs.
         processor.abort_requests(list(processor.request_states), internal=True)
         raise unheard
     return [output for output in outputs if output.request_id not in refused]

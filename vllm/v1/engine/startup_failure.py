@@ -201,7 +201,7 @@ def receive(
         _raise_first(failures, still)
 
 
-# Why a worker failed, in the order in which one causes another.
+# The kinds of failure of a worker. An earlier kind may cause a later one.
 DIED, REPORTED, TIMED_OUT, ABORTED, STOPPED = range(5)
 
 

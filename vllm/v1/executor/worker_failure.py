@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-# How long one rank's answer is waited for before the others' are looked at.
+# Wait this long for one rank's answer before looking at the other ranks' answers.
 PATIENCE_S = 1.0
 
 # Answers that were taken before their turn.
@@ -24,15 +24,15 @@ _late: weakref.WeakKeyDictionary[MessageQueue, int] = weakref.WeakKeyDictionary(
 
 
 def with_rank(error: Exception, rank: int) -> Exception:
-    """`error` as it is told to the executor, which keeps the message only."""
+    """`error` with the rank in its message, because the executor keeps only that."""
     return RuntimeError(f"{type(error).__name__} on worker rank {rank}: {error}")
 
 
 def exit_unasked() -> None:
-    """End this worker, which failed where no answer is expected of it.
+    """End this worker, which failed in a call whose answer nobody waits for.
 
-    The executor notices that. A regular exit could wait for the other ranks, which wait
-    for this one.
+    The executor notices the exit. It is immediate, because a regular exit could wait
+    for other ranks, which wait for this one.
     """
     logging.shutdown()
     os._exit(1)
@@ -99,7 +99,7 @@ def _next_answer(queue: MessageQueue, timeout: float | None) -> tuple[Any, Any]:
 
 
 def _give_up(queues: list[MessageQueue]) -> None:
-    """The call has ended: what is still to come in `queues` is nobody's."""
+    """End a call: later answers to it in `queues` will be skipped."""
     for queue in queues:
         if queue in _early:
             del _early[queue]

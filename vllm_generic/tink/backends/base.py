@@ -90,7 +90,7 @@ class Trainer(Protocol):
     def load(self, run: str, folder: Path, optimizer: bool) -> None:
         """Take the adapter in ``folder``, and the optimizer's state if asked.
 
-        Gradients are cleared, and the optimizer starts anew if it is not loaded.
+        Gradients are cleared. Without a loaded state the optimizer starts from zero.
         """
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from vllm.lora.adapter_trainer import (
 )
 from vllm_generic.tink.backends import hf_model
 from vllm_generic.tink.backends.base import Batch, BatchOutput, Datum, LoraSpec
-from vllm_generic.tink.backends.packed_model import PackedModel, WholeModel
 from vllm_generic.tink.errors import UserError
 from vllm_generic.tink.losses import find_loss, loss_inputs
 
@@ -54,14 +54,15 @@ class ModuleTrainer:
     """Adapters of one frozen module.
 
     Args:
-        module: a WholeModel takes one sequence only.
+        module: a PackedModel, or another module with its interface; a WholeModel takes
+            one sequence only.
         packed: one pass has the sequences of many runs, sorted by run. Otherwise each
             sequence has a pass of its own, so that a run has the same bits however
             its data come in batches, on any device.
 
     """
 
-    def __init__(self, module: PackedModel | WholeModel, packed: bool) -> None:
+    def __init__(self, module: Any, packed: bool) -> None:
         self.max_length = hf_model.max_length(module)
         self.vocab_size = int(module.config.vocab_size)
         self.architecture = str(module.config.architectures[0])
@@ -143,6 +144,13 @@ class ModuleTrainer:
     def export(self, run: str) -> Adapter:
         return self._trainer.adapters[run].copy()
 
+    def read(self, folder: Path) -> Adapter:
+        """The adapter in ``folder``, as one of this trainer's module.
+
+        Raises ValueError if it is not.
+        """
+        return Adapter.load(folder)
+
     def save_optimizer(self, run: str, folder: Path) -> None:
         self._trainer.save_optimizer(run, folder)
 
@@ -150,7 +158,7 @@ class ModuleTrainer:
         if optimizer and not (folder / OPTIMIZER).exists():
             raise UserError("the checkpoint has no optimizer state; load without it")
         try:
-            self._trainer.set_factors(run, Adapter.load(folder))
+            self._trainer.set_factors(run, self.read(folder))
         except ValueError as error:
             raise UserError(
                 f"the checkpoint is of an adapter of other layers: {error}"

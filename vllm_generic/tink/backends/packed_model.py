@@ -103,20 +103,34 @@ def pack(model: Any) -> PackedModel:
 
     """
     packed = PackedModel(copy_sharing_parameters(model)).eval()
+    check_logits(model, packed, "has its sequences packed")
+    return packed
+
+
+def check_logits(model: Any, module: Any, how: str) -> None:
+    """Compare a module that is called with packed sequences with a Hugging Face model.
+
+    Args:
+        model: the Hugging Face model.
+        module: has `compute_logits` too.
+        how: what `module` is, for the error.
+
+    Raises:
+        ValueError: it computes other logits.
+
+    """
     tokens = torch.arange(8, device=model.device) % model.config.vocab_size
     positions = torch.arange(8, device=model.device)
     with torch.no_grad():
         expected = model(input_ids=tokens[None], use_cache=False).logits[0]
-        found = packed.compute_logits(packed(tokens, positions))
+        found = module.compute_logits(module(tokens, positions))
     error = (found - expected).float().norm() / expected.float().norm()
     limit = 1e-4 if expected.dtype == torch.float32 else 0.05
     if not error < limit:
         raise ValueError(
-            f"{type(model).__name__} computes other logits when its sequences are "
-            f"packed: they differ by {float(error):.2g} of their norm, expected at "
-            f"most {limit}."
+            f"{type(model).__name__} computes other logits when it {how}: they differ "
+            f"by {float(error):.2g} of their norm, expected at most {limit}."
         )
-    return packed
 
 
 def build(vllm_config: Any, parallel_context: Any) -> nn.Module:

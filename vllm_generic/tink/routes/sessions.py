@@ -27,7 +27,7 @@ async def dynamic_config(user: User) -> dict[str, Any]:
 
 @router.post("/telemetry")
 async def telemetry(user: User) -> dict[str, Any]:
-    """Nothing is kept of it."""
+    """Accept the client's telemetry and drop it."""
     return {"status": "accepted"}
 
 
@@ -63,7 +63,7 @@ async def session_heartbeat(
 async def finish_session(
     session_id: str, body: requests.FinishSession, service: ServiceOf, user: User
 ) -> dict[str, Any]:
-    """The first reason counts."""
+    """End a session; of several calls, the first one's reason is kept."""
     row = service.store.get("sessions", session_id, user)
     if row["finished"] is None:
         service.store.update("sessions", session_id, finished=body.model_dump_json())

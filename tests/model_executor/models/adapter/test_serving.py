@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from cached_steps import SHAPE, TOKENS, VOCAB
+from cached_steps import SHAPE, TOKENS, VOCAB, heads_of_sites
 from plain_gpt import PlainConfig, PlainGPT
 from safetensors.torch import save_file
 
@@ -78,6 +78,49 @@ def test_transformers(serve, build):
     assert torch.equal(logits, full_forward(module, ids))
 
 
+def qwen3():
+    config = transformers.Qwen3Config(**SHAPE, **TOKENS)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def gemma3():  # its embedding scales what it looks up
+    config = transformers.Gemma3TextConfig(**SHAPE, **TOKENS, sliding_window=16)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+TP = dict(tensor_parallel_size=2)
+PP = dict(pipeline_parallel_size=2)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("build", "layout"),
+    [
+        (llama, TP),
+        (qwen3, PP),
+        pytest.param(qwen3, TP, marks=pytest.mark.slow),
+        pytest.param(llama, PP, marks=pytest.mark.slow),
+        pytest.param(gemma3, TP, marks=pytest.mark.slow),
+        pytest.param(llama, TP | PP, marks=pytest.mark.slow),
+    ],
+)
+def test_the_plans_of_transformers(serve, build, layout, monkeypatch):
+    """Divided and cut as they come; every stage attends to its own layers only."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    factory = lambda config, context: build()  # noqa: E731 - by value
+    ModelRegistry.register_model("Unchanged", factory, supports_pp=True)
+    llm, module = serve(build, **layout)
+    assert_same(llm, module)
+    found = llm.apply_model(heads_of_sites)
+    heads = 4 // layout.get("tensor_parallel_size", 1)
+    of_stages = [[("model.layers.0.self_attn", heads)]] * 2
+    if "pipeline_parallel_size" in layout:
+        of_stages[1] = [("model.layers.1.self_attn", heads)]
+    else:
+        of_stages = [[(f"model.layers.{i}.self_attn", heads) for i in range(2)]]
+    assert {tuple(rank) for rank in found} == {tuple(stage) for stage in of_stages}
+
+
 @pytest.mark.engine
 def test_plain_module_in_another_process(serve):
     """With an adapter, which travels, and with compilation asked for."""
@@ -86,6 +129,17 @@ def test_plain_module_in_another_process(serve):
     ModelRegistry.register_model("Unchanged", factory, adapter=adapter)
     llm, module = serve(plain, processes=True, enforce_eager=False)
     assert_same(llm, module)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_stages_need_a_plan(start, tmp_path):
+    config = SHAPE | {"architectures": ["Unchanged"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    factory = lambda config, context: plain()  # noqa: E731 - by value
+    ModelRegistry.register_model("Unchanged", factory, supports_pp=True)
+    with pytest.raises(Exception, match="no pp_plan"):
+        start(model=str(tmp_path), pipeline_parallel_size=2)
 
 
 def test_what_is_no_adapter_is_refused():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from planned_model import HIDDEN, TWO_RANKS, VOCAB, PlanModel, config
+from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from vllm.model_executor.models.plans.apply import apply_plans
@@ -78,6 +79,11 @@ def test_an_empty_plan_on_the_module_means_none(attribute):
     assert model.decoder["stack"].layers["layer_2"].up.out_features == 2 * HIDDEN
 
 
+class Centred(nn.Embedding):
+    def forward(self, input):
+        return super().forward(input) - self.weight.mean()
+
+
 def test_what_transformers_wrote_is_checked_where_it_divides():
     gemma = Gemma2Config(
         vocab_size=VOCAB,
@@ -91,8 +97,11 @@ def test_what_transformers_wrote_is_checked_where_it_divides():
     with torch.device("meta"):
         model = Gemma2ForCausalLM(gemma)
     hf_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=gemma))
+    # An embedding that does more with its weight than to look up in it.
+    embedding = model.model.embed_tokens
+    embedding.__class__ = Centred
     apply_plans(model, hf_config, ParallelContext())
-    with pytest.raises(ValueError, match="Gemma2TextScaledWordEmbedding"):
+    with pytest.raises(ValueError, match="embed_tokens is a Centred"):
         apply_plans(model, hf_config, TWO_RANKS)
     # What the user adds is checked in any case.
     model.tp_plan = {"no_such": "colwise"}

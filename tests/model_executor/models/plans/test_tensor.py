@@ -284,6 +284,24 @@ class EveryStyle(nn.Module):
         return x + self.experts(x, indices, scores)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, input):
+        return super().forward(input) * torch.tensor(3.0).to(self.weight.dtype)
+
+
+class ScaledTokens(nn.Module):
+    tp_plan = {"tokens": "embedding_rowwise"}
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = ScaledEmbedding(VOCAB, HIDDEN)
+
+    def forward(self, ids):
+        return self.tokens(ids)
+
+
 @torch.no_grad()
 def every_style_computes_the_same(context: ParallelContext) -> None:
     ids = torch.tensor([0, 1, VOCAB // 2, VOCAB - 1])
@@ -299,6 +317,13 @@ def every_style_computes_the_same(context: ParallelContext) -> None:
         torch.testing.assert_close(part(ids), expected, rtol=1e-4, atol=1e-4)
         size = sum(p.numel() for p in part.parameters())
         assert size < 0.55 * sum(p.numel() for p in whole.parameters())
+
+    torch.manual_seed(0)
+    scaled = ScaledTokens()
+    expected = scaled(ids)
+    part = apply_plans(scaled, config(), context)
+    assert part.tokens.weight.shape == (VOCAB // 2, HIDDEN)
+    torch.testing.assert_close(part(ids), expected)
 
     for tied in (False, True):
         whole = trained(nn.ModuleList, tied)

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The last tokens of each request, in a cache of vLLM's for recurrent states.
 
-To vLLM it is a layer like Mamba's: one block for each request, which the request has
-from its first token to its last, and gets anew when it is preempted and read again.
+vLLM treats the layer like Mamba's: each request has one block, from its first token to
+its last. A request that is preempted gets a new block when its tokens are read again.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class CachedPreviousTokens(nn.Module, MambaBase):
         before = state[blocks].where(exists.unsqueeze(-1), 0)
 
         def joined(request: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-            """Values at `place` of a request's chunk, or before it where that is < 0.
+            """Values at `place` of a request's chunk; a place < 0 is before it.
 
             Args:
                 request: `[n]`.

@@ -20,8 +20,8 @@ from .cached import build_cached
 class PreviousTokens(EngineLayer):
     """The values of the `tokens` tokens before each token of its sequence.
 
-    State beside attention is a line with it: a token shift, a "smear" of the token
-    before, a causal convolution.
+    With it, layers that have a state beside attention take one line: a token shift, a
+    "smear" of the token before, or a causal convolution.
 
         self.previous = PreviousTokens(channels)
         shifted = self.previous(x)[:, 0]  # [tokens, channels]
@@ -61,7 +61,7 @@ class PreviousTokens(EngineLayer):
             )
         self.channels = channels
         self.tokens = tokens
-        # A child, so that vLLM's and our own looks for layers with a cache find it.
+        # A child module, so that vLLM and our own code find it as a layer with a cache.
         self.cached = build_cached(channels, tokens, dtype, prefix)
 
     def forward(

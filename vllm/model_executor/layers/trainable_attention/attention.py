@@ -14,14 +14,9 @@ from vllm.model_executor.layers.trainable_attention.engine_step import (
 )
 from vllm.model_executor.layers.trainable_attention.paged import build_paged_attention
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.training.attend import attend, attend_present
 from vllm.v1.attention.training.kernel import AttentionParams
-from vllm.v1.attention.training.select import select_kernel
-from vllm.v1.attention.training.sequences import (
-    CuSeqlens,
-    Sequences,
-    graph_is_dense,
-    sequences_of,
-)
+from vllm.v1.attention.training.sequences import CuSeqlens
 
 
 class TrainableAttention(EngineLayer):
@@ -220,11 +215,10 @@ class TrainableAttention(EngineLayer):
         if self.in_engine_step():
             out = self._attend_paged(q, k, v, cu_seqlens, attention_mask)
         else:
-            q, k, v = self._match_dtypes(q, k, v)
             if attention_mask is not None:
                 out = self._attend_masked(q, k, v, cu_seqlens, attention_mask)
             else:
-                out = self._attend(q, k, v, cu_seqlens)
+                out = attend(q, k, v, self._params(), cu_seqlens)
         return out.flatten(-2) if merged else out
 
     def _split_heads(
@@ -239,20 +233,6 @@ class TrainableAttention(EngineLayer):
             f"{name} must have shape [..., {axes}] ({heads} heads of size "
             f"{self.head_dim}, laid out as the query is), got {list(x.shape)}."
         )
-
-    def _match_dtypes(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        device_type = qkv[0].device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            # like PyTorch's attention, which leaves float64 alone
-            qkv = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in qkv)
-        dtypes = [x.dtype for x in qkv]
-        if not dtypes[0].is_floating_point or len(set(dtypes)) > 1:
-            raise TypeError(
-                "query, key and value must have one floating dtype, got "
-                f"{', '.join(map(str, dtypes))}. Cast them, or use torch.autocast."
-            )
-        return qkv
 
     def _attend_paged(
         self,
@@ -306,40 +286,10 @@ class TrainableAttention(EngineLayer):
         present = attention_mask.to(torch.bool)
         cu_seqlens = F.pad(present.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
         index = present.flatten().nonzero().squeeze(1)
-        padded_shape = q.shape
-        q, k, v = (x.flatten(0, 1).index_select(0, index) for x in (q, k, v))
-        out = self._attend(q, k, v, cu_seqlens)
-        padded = out.new_zeros(present.numel(), *out.shape[1:])
-        return padded.index_copy(0, index, out).view(padded_shape)
+        return attend_present(q, k, v, self._params(), index, cu_seqlens)
 
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens: CuSeqlens | None,
-    ) -> torch.Tensor:
-        batch, seq = (1, q.shape[0]) if q.dim() == 3 else q.shape[:2]
-        rows = Sequences(num_seqs=batch, max_seqlen=seq)
-        if graph_is_dense(cu_seqlens):
-            return self._run_kernel(q, k, v, rows)
-        return self._attend_eagerly(q, k, v, rows, cu_seqlens)
-
-    @torch.compiler.disable(reason="the lengths of packed sequences differ per batch")
-    def _attend_eagerly(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rows: Sequences,
-        cu_seqlens: CuSeqlens | None,
-    ) -> torch.Tensor:
-        return self._run_kernel(q, k, v, sequences_of(rows, cu_seqlens))
-
-    def _run_kernel(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences
-    ) -> torch.Tensor:
-        params = AttentionParams(
+    def _params(self) -> AttentionParams:
+        return AttentionParams(
             scale=self.scale,
             causal=self.causal,
             sliding_window=self.sliding_window,
@@ -350,11 +300,6 @@ class TrainableAttention(EngineLayer):
             ),
             sinks=self.sinks,
         )
-        kernel = select_kernel(q, k, sequences, params)
-        shape = q.shape
-        if q.dim() == 4:
-            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return kernel(q, k, v, sequences, params).view(shape)
 
     def extra_repr(self) -> str:
         return (

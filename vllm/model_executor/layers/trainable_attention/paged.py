@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class _PagedAttentionMixin:
     """What `TrainableAttention` changes of vLLM's attention layers."""
 
-    # A window longer than any sequence: masks nothing, selects FA3's windowed kernel;
-    # see flash_attn_invariant.py.
+    # A window that is longer than any sequence. It masks nothing, and selects FA3's
+    # windowed kernel; see flash_attn_invariant.py.
     window_without_effect: int | None = None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -64,15 +64,62 @@ def divided_linear(
     if group is None or group.world_size == 1:
         return _run(x, weight, bias, leaves, partial=False)
     x, weight, bias = autocast(x, weight, bias)
-    local = _run(x, weight, None, leaves // group.world_size, partial=True)
+    local = partial_linear(x, weight, leaves, group.world_size)
+    return total_of_ranks(local, bias, leaves, x.dtype, group)
+
+
+def partial_linear(
+    x: torch.Tensor, weight: torch.Tensor, leaves: int, ranks: int
+) -> torch.Tensor:
+    """This rank's part of a `divided_linear`, to be summed by `total_of_ranks`.
+
+    Args:
+        x: `[..., features]`, of this rank.
+        weight: `[outputs, features]`, of this rank.
+        leaves: Of the whole axis.
+        ranks: How many divide the axis. With one the sum is finished.
+
+    Returns:
+        `[..., outputs]`. Of several leaves and ranks it is float32, or float64 for
+        float64, and else in the dtype of `x`.
+
+    """
+    if leaves == 1:  # the bits of this layout only
+        return linear(x, weight)
+    return _run(x, weight, None, leaves // ranks, partial=ranks > 1)
+
+
+def total_of_ranks(
+    local: torch.Tensor,
+    bias: torch.Tensor | None,
+    leaves: int,
+    dtype: torch.dtype,
+    group: "GroupCoordinator",
+) -> torch.Tensor:
+    """The sum over the ranks of what `partial_linear` returned, with its bias.
+
+    Args:
+        local: `[..., outputs]`.
+        bias: `[outputs]`, the same on all ranks.
+        leaves: Of the whole axis.
+        dtype: Of the result.
+        group: The ranks that divide the axis.
+
+    Returns:
+        `[..., outputs]`, the same on all ranks.
+
+    """
+    if leaves == 1:
+        total = collectives.all_reduce(local, group)
+        return total if bias is None else total + bias
     local = local.unsqueeze(0)  # [1, ..., outputs] -> [ranks, ..., outputs]
     needs_gradient = bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (local.requires_grad or needs_gradient):
         sums = collectives.all_gather(local, group, dim=0)
-        return round_sum(tree_sum(sums), bias, x.dtype)
+        return round_sum(tree_sum(sums), bias, dtype)
     sums = group.all_gather(local, dim=0)
-    sums = sums.view(group.world_size, -1, weight.shape[0])
-    out = torch.ops.vllm.tree_total(sums, bias, x.dtype)
+    sums = sums.view(group.world_size, -1, local.shape[-1])
+    out = torch.ops.vllm.tree_total(sums, bias, dtype)
     return out.view(local.shape[1:])
 
 

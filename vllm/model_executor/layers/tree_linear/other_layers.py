@@ -71,10 +71,12 @@ class _DTensorForward:
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.part.weight
         bias: torch.Tensor | None = self.part.bias
-        assert isinstance(weight, DTensor)
+        # FSDP, which may divide the inputs too, gives a whole weight to a forward.
+        if not (isinstance(weight, DTensor) and isinstance(input, DTensor)):
+            return self.forward(input)
         mesh = weight.device_mesh
         leaves = number_of_leaves(weight.shape[1], mesh.size())
-        if leaves == 1 or not isinstance(input, DTensor):
+        if leaves == 1:
             return self.forward(input)
         parts = [input.redistribute(mesh, [Shard(input.dim() - 1)]), weight]
         x, local = (part.to_local() for part in parts)

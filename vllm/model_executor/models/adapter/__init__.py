@@ -11,5 +11,6 @@ the module's code is replaced.
 
 from vllm.model_executor.models.adapter.adapter import Adapter
 from vllm.model_executor.models.adapter.full_forward import full_forward
+from vllm.model_executor.models.adapter.training import use_vllm_attention
 
-__all__ = ["Adapter", "full_forward"]
+__all__ = ["Adapter", "full_forward", "use_vllm_attention"]

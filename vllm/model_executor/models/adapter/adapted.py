@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A user's module as it stands, with what vLLM asks of a model."""
+"""Serves a user's unchanged module: forward, logits and attention layers for vLLM."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
+from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .adapter import Adapter
 from .call_forms import CannotBeCalledError, is_written_for_vllm
-from .full_forward import full_forward
+from .full_forward import full_forward, stage_forward
 from .layers import SiteAttention
 from .seen import Seen, run_routed, see
 from .sites import PathHooks
@@ -30,9 +32,9 @@ class AdaptedModel:
     """Runs a module that was not written for vLLM, in engine steps.
 
     Args:
-        module: What the factory built, on its device. It stays as it is, but for hooks
-            that do nothing elsewhere.
-        seen: What it does.
+        module: What the factory built, on its device, or this rank's pipeline stage of
+            it. It stays as it is, but for hooks that do nothing elsewhere.
+        seen: What the trial showed of the whole module's forward.
         adapter: What the user has said.
         vllm_config: The engine's config.
 
@@ -41,6 +43,8 @@ class AdaptedModel:
     def __init__(
         self, module: nn.Module, seen: Seen, adapter: Adapter, vllm_config: VllmConfig
     ) -> None:
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            seen = seen.in_stage(module, get_pp_group().is_last_rank)
         self.module = module
         self.seen = seen
         self._adapter = adapter
@@ -58,12 +62,14 @@ class AdaptedModel:
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
+        received: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | IntermediateTensors:
         """Hidden states `[tokens, width]` of `input_ids` and `positions`, `[tokens]`.
 
-        Where the head is not known they are logits. `inputs_embeds`
-        `[tokens, hidden]` takes the place of `input_ids`.
+        Where the head is not known they are logits. A pipeline stage takes what it
+        received from the one before. `inputs_embeds` `[tokens, hidden]` takes the place
+        of `input_ids`.
         """
         if inputs_embeds is None:
             assert input_ids is not None
@@ -77,12 +83,13 @@ class AdaptedModel:
             self._tables,
             inputs,
             positions.long(),
+            received,
         )
 
     @property
     def keywords(self) -> frozenset[str]:
         """What else `forward` can pass to the module."""
-        return self.seen.form.keywords(self.module)
+        return self.seen.form.keywords(self.module) | {"intermediate_tensors"}
 
     @property
     def logits_function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -107,20 +114,31 @@ class AdaptedModel:
         head = None if self.seen.gives_logits else self.logits_function
         return full_forward(self.module, input_ids.long(), self.seen.form, head)
 
+    def stage_forward(
+        self, input_ids: torch.Tensor, received: IntermediateTensors | None
+    ) -> torch.Tensor | IntermediateTensors:
+        """As `full_forward`, by all pipeline stages; what this one hands over."""
+        result = stage_forward(self.module, input_ids.long(), self.seen.form, received)
+        if isinstance(result, IntermediateTensors) or self.seen.gives_logits:
+            return result
+        return self.logits(result)
 
-def adapt(
+
+def look(
     module: nn.Module,
     adapter: Adapter | None,
     vllm_config: VllmConfig,
     attention_free: bool = False,
-) -> AdaptedModel | None:
-    """`module` with a way to serve it; None if it was written for vLLM.
+    is_stage: bool = False,
+) -> Seen | None:
+    """What `module` does, which was not written for vLLM; None if it was.
 
     Args:
         module: What the factory built, on its device.
         adapter: What the user has said.
         vllm_config: The engine's config.
         attention_free: Whether the model was declared so.
+        is_stage: Whether the factory built one pipeline stage of several.
 
     Raises:
         UnservableError: It does something that vLLM cannot serve.
@@ -134,13 +152,13 @@ def adapt(
         return None
     if type(module).forward is nn.Module.forward and adapter is None:
         return None  # the wrapper says that there is no forward
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if is_stage:
         if adapter is None and is_written_for_vllm(module):
             return None  # a stage may have no attention
         raise UnservableError(
-            f"{type(module).__name__} has no attention layer of vLLM's, and such a "
-            "module cannot be cut into pipeline stages. Use TrainableAttention in it, "
-            "or start with pipeline_parallel_size=1."
+            f"{type(module).__name__} has no attention layer of vLLM's and no pp_plan, "
+            "by which it could be cut into pipeline stages. Give it a pp_plan, or "
+            "start with pipeline_parallel_size=1."
         )
     model_config = vllm_config.model_config
     use_seen_attention(module)
@@ -172,4 +190,4 @@ def adapt(
         )
     if adapter is None and not seen.attention and not seen.form.batched:
         return None  # vLLM's own form, without attention
-    return AdaptedModel(module, seen, adapter or Adapter(), vllm_config)
+    return seen

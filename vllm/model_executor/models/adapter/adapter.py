@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a user says of a module that vLLM cannot see by trying it."""
+"""What a user declares of a module, because a trial cannot show it."""
 
 from __future__ import annotations
 

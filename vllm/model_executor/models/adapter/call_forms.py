@@ -14,7 +14,8 @@ from torch import nn
 
 # What the libraries call the argument that takes each token's place in its sequence.
 POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids")
-# What they call labels: without them some return the logits of the last token only.
+# Names of the argument for labels. Without labels, some models return the logits of
+# the last token only.
 LABELS = ("targets", "labels", "target")
 # What the libraries call the argument that takes embeddings in the place of tokens.
 EMBEDDINGS = "inputs_embeds"

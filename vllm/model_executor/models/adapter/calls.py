@@ -28,6 +28,7 @@ class AttentionCall:
         window: Keys that a token sees, itself included, if the call says so.
         soft_cap: Scores become `cap * tanh(score / cap)`.
         sinks: `[heads]`, scores that take part in the softmax without a value.
+        dropout: Probability of dropping a weight; nothing is dropped in an engine.
         result: The function's result, of `[batch, heads, tokens, value_dim]`.
 
     """
@@ -41,6 +42,7 @@ class AttentionCall:
     window: int | None = None
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
+    dropout: float = 0.0
     result: Callable[[torch.Tensor], Any] = lambda out: out
 
 
@@ -54,10 +56,12 @@ def attention(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     causal: bool = True,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention with all that Transformers' interface can ask for, by plain operators.
 
-    A model that is served is seen to call it, and never runs it.
+    A module that is routed is seen to call it. It runs where it is not routed, as where
+    a module attends to a KV cache of its own.
 
     Args: as those of `AttentionCall`. A mask says all about which keys are seen.
 
@@ -78,6 +82,7 @@ def attention(
             soft_cap=soft_cap,
             sinks=sinks,
             causal=causal,
+            dropout=dropout,
         )
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -88,13 +93,16 @@ def attention(
         scores = scores + mask
     else:
         if mask is None and causal:
-            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+            queries, keys = scores.shape[-2:]
+            mask = scores.new_ones(queries, keys, dtype=torch.bool)
+            mask = mask.tril(keys - queries)  # queries are those of the last keys
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = F.dropout(weights, dropout)
     return weights[..., : key.shape[-2]] @ value
 
 
@@ -119,9 +127,11 @@ def _read_attention(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    causal: bool = True,
     **said: Any,
 ) -> AttentionCall:
-    return AttentionCall(query, key, value, mask, scale=scale, **said)
+    causal = causal and mask is None
+    return AttentionCall(query, key, value, mask, causal, scale, **said)
 
 
 def _read_sdpa(
@@ -138,9 +148,18 @@ def _read_sdpa(
     if query.dim() == 3:  # [heads, tokens, head_dim]
         q, k, v = (x[None] for x in (query, key, value))
         return AttentionCall(
-            q, k, v, attn_mask, is_causal, scale, result=lambda out: out[0]
+            q,
+            k,
+            v,
+            attn_mask,
+            is_causal,
+            scale,
+            dropout=dropout_p,
+            result=lambda out: out[0],
         )
-    return AttentionCall(query, key, value, attn_mask, is_causal, scale)
+    return AttentionCall(
+        query, key, value, attn_mask, is_causal, scale, dropout=dropout_p
+    )
 
 
 READERS: dict[Any, Callable[..., AttentionCall]] = {

@@ -10,6 +10,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from vllm.model_executor.models.plans.pipeline import run_stage
+from vllm.sequence import IntermediateTensors
+
 from .adapter import Adapter
 from .call_forms import CallForm, call_forms, cannot_be_called, labels_of, tensor_of
 from .transformers_attention import own_attention
@@ -49,6 +52,32 @@ def full_forward(
     finally:
         module.train(training)
     return result if head is None else head(result)
+
+
+def stage_forward(
+    module: nn.Module,
+    input_ids: torch.Tensor,
+    form: CallForm,
+    received: IntermediateTensors | None,
+) -> torch.Tensor | IntermediateTensors:
+    """As `full_forward`, of a module that is cut into pipeline stages.
+
+    Args:
+        module: This rank's stage, in eval mode.
+        input_ids: int64 `[tokens]`.
+        form: How the module is called.
+        received: From the stage before.
+
+    Returns:
+        What the next stage takes; on the last one `[tokens, width]`.
+
+    """
+    positions = torch.arange(len(input_ids), device=input_ids.device)
+    with own_attention(module):
+        result = run_stage(module, received, lambda: form(module, input_ids, positions))
+    if isinstance(result, IntermediateTensors):
+        return result
+    return tensor_of(result).flatten(0, -2)
 
 
 def own_forms(module: nn.Module, adapter: Adapter | None = None) -> list[CallForm]:

@@ -12,13 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vllm.model_executor.models.plans.layers import ColwiseLinear, gather_outputs
+
 from .sites import Site
 from .trial import HeadCall
+
+# Their input is that of the product, and their output the product, of all ranks.
+LINEAR_LAYERS = (nn.Linear.forward, ColwiseLinear.forward)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """In the place of a tensor: the result of an earlier call; -1 for the product."""
+    """Stands for the result of an earlier call, by its index; -1 is the product."""
 
     index: int
 
@@ -80,7 +85,7 @@ def find_head(
         return None
     site = calls[0].site
     layer = module.get_submodule(site.path) if site.path else None
-    if layer is not None and type(layer).forward is not nn.Linear.forward:
+    if layer is not None and type(layer).forward not in LINEAR_LAYERS:
         return None
     return Head(site, calls[0].selected, layer, calls[0].arguments, first)
 
@@ -90,8 +95,11 @@ def _tail(call: HeadCall, result: torch.Tensor) -> Any:
 
     None if something else is needed for them.
     """
-    indices = {id(call.output): -1}
-    for index, (*_, made) in enumerate(call.tail):
+    output, following = call.output, call.tail
+    if following and following[0][0] is gather_outputs:
+        output, following = following[0][3], following[1:]  # the layer does that
+    indices = {id(output): -1}
+    for index, (*_, made) in enumerate(following):
         indices.setdefault(id(made), index)
     last = indices.get(id(result))
     if last is None:
@@ -103,7 +111,7 @@ def _tail(call: HeadCall, result: torch.Tensor) -> Any:
         return value
 
     tail = []
-    for func, args, kwargs, _ in call.tail[: last + 1]:
+    for func, args, kwargs, _ in following[: last + 1]:
         args, kwargs = tree_map(place, (args, kwargs))
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))):
             return None

@@ -20,9 +20,9 @@ Attend = Callable[[AttentionCall], torch.Tensor]
 
 
 class HiddenStatesReached(BaseException):  # noqa: N818 - no error
-    """Ends a forward in front of its head, where there is nothing left to do.
+    """Ends a forward before its head, because vLLM computes the logits separately.
 
-    No Exception, so that no handler of the model's takes it for a failure.
+    It is no `Exception`, so that no handler in the model takes it for a failure.
     """
 
     def __init__(self, hidden_states: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A module that is tried before it serves: what is seen, and whether that is all."""
+"""Tries a module before it serves, notes what it does, and checks the notes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+from vllm.model_executor.models.plans.pipeline import is_run_here, run_stage
+from vllm.sequence import IntermediateTensors
 
 from .adapter import Adapter
 from .call_forms import CallForm, cannot_be_called, tensor_of
@@ -46,6 +49,22 @@ class Seen:
     owners: frozenset[str]
     gives_logits: bool
     last_only: bool
+
+    def in_stage(self, module: nn.Module, is_last_stage: bool) -> Seen:
+        """What of this holds in a pipeline stage, which `module` has been cut to."""
+
+        def here(site: Site) -> bool:
+            table = site.function.partition("slice of ")[2]
+            paths = (site.path, table.rpartition(".")[0])
+            return all(is_run_here(module, path) for path in paths)
+
+        return replace(
+            self,
+            attention={s: seen for s, seen in self.attention.items() if here(s)},
+            origins={s: origin for s, origin in self.origins.items() if here(s)},
+            head=self.head if is_last_stage else None,
+            owners=frozenset(p for p in self.owners if is_run_here(module, p)),
+        )
 
     @property
     def cut(self) -> Site | None:
@@ -121,21 +140,27 @@ def run_routed(
     tables: Tables,
     inputs: torch.Tensor,
     positions: torch.Tensor,
-) -> torch.Tensor:
+    received: IntermediateTensors | None = None,
+) -> torch.Tensor | IntermediateTensors:
     """Hidden states, or logits where no head is known, `[tokens, width]`.
 
     `inputs` are token ids `[tokens]`, or embeddings `[tokens, hidden]`.
 
-    The module has `PathHooks` on `seen.owners`, or on all submodules.
+    The module has `PathHooks` on `seen.owners`, or on all submodules. A pipeline stage
+    takes what it received, and returns what the next one takes.
     """
     forward = Running(wants_masks=False)
     routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
     try:
         with run_as(forward), routing:
-            result = tensor_of(seen.form(module, inputs, positions))
+            result = run_stage(
+                module, received, lambda: seen.form(module, inputs, positions)
+            )
     except HiddenStatesReached as reached:
         result = reached.hidden_states
-    return result.flatten(0, -2)
+    if isinstance(result, IntermediateTensors):
+        return result
+    return tensor_of(result).flatten(0, -2)
 
 
 def _lengths(module: nn.Module, vocab_size: int, max_tokens: int) -> tuple[int, int]:
@@ -270,10 +295,10 @@ def _check_tokens_are_apart(
     run: _Run,
     lengths: tuple[int, int],
 ) -> None:
-    """Without attention a token's result is its own, whatever is beside it.
+    """Check that without attention no token's result depends on other tokens.
 
     Raises:
-        UnservableError: It is not.
+        UnservableError: Some token's result does.
 
     """
     device = run.result.device
@@ -287,6 +312,7 @@ def _check_tokens_are_apart(
     ids = token_ids(tokens, run.trial.vocab_size, device)[order]
     attention = dict.fromkeys(seen.attention, attend_to_self)
     routed = run_routed(module, seen, attention, tables, ids, order)
+    assert isinstance(routed, torch.Tensor)  # it is not cut yet
     expected = alone[order]
     if routed.shape != expected.shape:
         raise UnservableError(
@@ -296,7 +322,7 @@ def _check_tokens_are_apart(
     distance = (routed.float() - expected.float()).abs().amax(-1)
     rounding = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     bound = rounding * expected.float().abs().amax()
-    # A router of experts may choose others for a few tokens, for rounding's sake.
+    # By rounding, a router may choose other experts for a few tokens.
     if int((distance > bound).sum()) * 4 > fewer:
         raise UnservableError(
             "tokens depend on other tokens outside attention, as by a convolution, a "

@@ -19,10 +19,15 @@ from .sites import running
 NAME = "vllm_adapter"
 
 
-def use_seen_attention(module: nn.Module) -> None:
+def use_seen_attention(module: nn.Module, always: bool = False) -> None:
     """Have `module`, if Transformers' attention is in it, call our `attention`.
 
     Its submodules get a copy of their config, because a trainer's may be the same.
+
+    Args:
+        module: Any module.
+        always: Also within `own_attention`.
+
     """
     if "transformers" not in sys.modules:
         return
@@ -39,7 +44,8 @@ def use_seen_attention(module: nn.Module) -> None:
                     own = copy.deepcopy(config, memo)
                     inner.config = own
                     if own._attn_implementation_internal != NAME:
-                        own._own_attn_implementation = own._attn_implementation_internal
+                        before = own._attn_implementation_internal
+                        own._own_attn_implementation = NAME if always else before
                         own._attn_implementation_internal = NAME
 
 
@@ -70,6 +76,7 @@ def _attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`[batch, heads, tokens, head_dim]` -> `[batch, tokens, heads, value_dim]`."""
@@ -85,15 +92,21 @@ def _attend(
         soft_cap=softcap,
         sinks=s_aux,
         causal=bool(is_causal),
+        dropout=dropout,
     )
     return out.transpose(1, 2), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The mask as a tensor; None in an engine step, where vLLM knows what is seen."""
+    """The mask as a tensor; None in an engine step, where vLLM knows what is seen.
+
+    In training it is None where it is causal and says nothing else.
+    """
     from transformers.masking_utils import sdpa_mask
 
     forward = running()
-    if forward is not None and not forward.wants_masks:
+    if forward is None:
+        return sdpa_mask(*args, **kwargs)
+    if not forward.wants_masks:
         return None
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})

@@ -13,12 +13,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.parameters.layout import MARK
+
 from .calls import OTHERS, READERS, AttentionCall, attend_to_self, name_of_function
 from .masks import UnknownMaskError, window_of
 from .sites import Running, Site, line_of_model
 from .tables import Tables, sliced_axis
 
-# The origins of all that is computed from tokens, and from the positions beside them.
+# Marks of values that are computed from the tokens, or from given positions.
 TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)
@@ -166,11 +169,18 @@ class Trial(TorchFunctionMode):
                 return self._at(f"slice of {name}")
             if self._rows(args[0]) == self._tokens:
                 return self._at("selection")
-        if func is F.linear and len(args) > 1 and len(args[1]) >= self.vocab_size:
+        if func is F.linear and len(args) > 1 and self._is_head(args[1]):
             name = self._tables.name_of(args[1])
             if name is not None:
                 return self._at(f"linear of {name}")
         return None
+
+    def _is_head(self, weight: torch.Tensor) -> bool:
+        """Whether it is as wide as the vocabulary, or as this rank's part of it."""
+        ranks = 1
+        if getattr(weight, MARK, False):
+            ranks = get_tensor_model_parallel_world_size()
+        return len(weight) * ranks >= self.vocab_size
 
     def _at(self, function: str) -> Site:
         site = self._forward.site(function)

@@ -5,8 +5,8 @@
 `ModelRegistry.register_model` hands a callable to `_CallableRegisteredModel`. Its
 `load_model_cls` makes a subclass of `CallableModelWrapper`, so that everything in
 vLLM that asks questions of a model *class* gets its answer, and nothing is built
-before a worker asks for it. `registrations_for` puts them into the `ModelConfig`,
-by which they travel as that does: fork, spawn, Ray.
+before a worker asks for it. `registrations_for` puts registrations into the
+`ModelConfig`, with which they reach processes that are forked, spawned or Ray's.
 """
 
 from .carry import registrations_for, registry_of

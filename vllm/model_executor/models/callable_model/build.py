@@ -14,6 +14,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.tree_linear import layout_invariant
 from vllm.model_executor.layers.tree_linear.other_layers import sum_in_tree
+from vllm.model_executor.models.adapter.seen import Seen
 from vllm.model_executor.models.plans.apply import apply_plans
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.placement import place, unwrap
@@ -26,6 +27,7 @@ from .precision import Float32Constants
 from .time_limit import time_limit
 
 ModelFactory = Callable[..., nn.Module]
+Look = Callable[[nn.Module, VllmConfig, bool], Seen | None]
 
 SIGNATURE = "factory(vllm_config, parallel_context) -> torch.nn.Module"
 
@@ -35,11 +37,21 @@ def build_module(
     registered: ModelFactory | str,
     vllm_config: VllmConfig,
     prefix: str,
-) -> tuple[nn.Module, list[tuple[nn.Module, str]]]:
+    look: Look | None = None,
+) -> tuple[nn.Module, list[tuple[nn.Module, str]], Seen | None]:
     """Call the registered factory, check what it returned, and apply its plans.
 
+    Args:
+        architecture: The registered name.
+        registered: The factory.
+        vllm_config: The engine's config.
+        prefix: Of the names of the model's layers in the engine.
+        look: Sees what a module does, by a trial; told whether it is one stage of
+            several. Default: nothing is tried.
+
     Returns:
-        The module, on the worker's device, and the float32 constants that it computed.
+        The module, on the worker's device, the float32 constants that it computed, and
+        what the whole module does, if it was not written for vLLM.
 
     """
     context = ParallelContext.from_config(vllm_config.parallel_config)
@@ -69,9 +81,18 @@ def build_module(
             f"wanted is {SIGNATURE}."
         )
     constants = precision.computed(module) if narrow else []
-    module = apply_plans(module, vllm_config, context)
-    if layout_invariant():
-        sum_in_tree(module)
     # A module that was built before, by the caller, may lie elsewhere.
     device = cast(torch.device, vllm_config.device_config.device)
-    return place(module, device), constants
+    looks: list[Seen | None] = [] if look is not None else [None]
+
+    def look_at_whole(module: nn.Module) -> None:
+        if look is not None:
+            looks.append(look(place(module, device), vllm_config, False))
+
+    module = apply_plans(module, vllm_config, context, before_cut=look_at_whole)
+    if layout_invariant():
+        sum_in_tree(module)
+    module = place(module, device)
+    if look is not None and not looks:
+        looks.append(look(module, vllm_config, context.pipeline_parallel_size > 1))
+    return module, constants, looks[0]

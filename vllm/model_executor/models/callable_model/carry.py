@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def registrations_for(model_config: ModelConfig) -> dict[str, _BaseRegisteredModel]:
-    """What a new config carries to other processes, whatever those have registered.
+    """What a new config carries to other processes, by architecture.
 
-    By architecture: what is registered here in the place of, or beside, vLLM's own
-    entries, and the model that the directory's own code defines. What the config was
-    given already, as one that was copied has it, comes first.
+    These are the entries that a user has registered in this process, and the model that
+    the directory's own code defines. Entries that the config already has come first: a
+    copied config keeps its own.
 
     Raises:
         ValueError: `config.json` lacks a key that vLLM reads.
@@ -72,8 +72,8 @@ def registry_of(model_config: ModelConfig, registry: _ModelRegistry) -> _ModelRe
 
 
 def _forget_resolved_classes() -> None:
-    """Empty vLLM's caches of them, which keep what was registered before alive."""
-    # `_supports_kw` is filled by support_torch_compile's `__init__`.
+    """Empty vLLM's caches of classes, which keep replaced registrations alive."""
+    # support_torch_compile's `__init__` fills `_supports_kw` with model classes.
     for cache in (_try_load_model_cls, _try_inspect_model_cls, _supports_kw):
         cache.cache_clear()
     _MODEL_ARCH_BY_HASH.clear()

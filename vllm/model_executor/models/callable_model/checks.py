@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping
-from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
@@ -19,8 +16,6 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.adapter.adapter import Adapter
-from vllm.model_executor.models.registry import _ModelInfo
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
@@ -38,14 +33,12 @@ release.
 
 FORWARD = "forward(self, input_ids, positions) -> hidden states [tokens, hidden]"
 
-# How forward may take what the previous pipeline stage returned: vLLM's name for its
-# IntermediateTensors, and the usual one for hidden states in the place of embeddings.
+# Names of the argument by which forward takes what the previous pipeline stage
+# returned: vLLM's for IntermediateTensors, and the usual one for hidden states.
 STAGE_INPUTS = ("intermediate_tensors", "inputs_embeds")
 
 # Optional; vLLM's name and Hugging Face's.
 INPUT_EMBEDDINGS = ("embed_input_ids", "get_input_embeddings")
-
-ADAPTER_CAPABILITIES = ("supports_lora", "packed_modules_mapping", "embedding_modules")
 
 
 def check_signature(architecture: str, factory: Any) -> bool:
@@ -58,7 +51,7 @@ def check_signature(architecture: str, factory: Any) -> bool:
     if isinstance(factory, type) and issubclass(factory, nn.Module):
         raise TypeError(
             f"{architecture}: {factory.__name__} is a model class, which declares its "
-            "capabilities itself, as class attributes."
+            "capabilities itself, as class attributes. Register it without keywords."
         )
     if isinstance(factory, nn.Module):
         raise TypeError(
@@ -86,34 +79,10 @@ def check_signature(architecture: str, factory: Any) -> bool:
     except TypeError as error:
         raise TypeError(
             f"{architecture}: the {name_of(factory)} has the signature {signature}, "
-            f"but is called as factory(vllm_config, parallel_context): {error}."
+            f"but is called as factory(vllm_config, parallel_context): {error}. Give "
+            "it two positional parameters."
         ) from None
     return takes_prefix
-
-
-def check_capabilities(
-    architecture: str, capabilities: Mapping[str, Any], adapter: Any = None
-) -> None:
-    if adapter is not None and not isinstance(adapter, Adapter):
-        raise TypeError(
-            f"{architecture}: adapter is {describe(adapter)}; expected an Adapter of "
-            "vllm.model_executor.models.adapter."
-        )
-    known = {field.name for field in fields(_ModelInfo)} - {"architecture"}
-    known |= {"supports_torch_compile"}
-    for name in capabilities:
-        if name in ADAPTER_CAPABILITIES:
-            raise TypeError(
-                f"{architecture}: {name!r} declares adapters, which every registered "
-                "callable can have: its linear layers and embeddings are found. Leave "
-                "it out."
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-            raise TypeError(
-                f"{architecture}: {name!r} is not a capability that vLLM asks for; "
-                f"did you mean {', '.join(near)}?"
-            )
 
 
 # What vLLM takes from config.json. A model may do without the others.
@@ -169,7 +138,7 @@ def check_quantization(
     vllm_config: VllmConfig,
     context: ParallelContext,
 ) -> None:
-    """Quantization is what vLLM's layers do that are given its config.
+    """Check that some layer quantizes, if quantization was asked for.
 
     All pipeline stages call this together: one may have no layer that does it.
 
@@ -202,8 +171,8 @@ def check_same_on_all_ranks(
 ) -> None:
     """Compare the module's class and tensors with those of the tensor-parallel group.
 
-    Shapes are left out, as shards may be uneven, and with expert parallelism names are,
-    as each rank has its own experts.
+    Shapes are left out, because shards may be uneven. With expert parallelism names are
+    left out too, because each rank has its own experts.
 
     Raises:
         ValueError: rank 0 has another; the same on every rank.
@@ -278,7 +247,7 @@ def stage_input(
 
 
 def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
-    """Of the optional methods, only this one has no substitute in the wrapper."""
+    """Warn if there are no embeddings: the wrapper has no substitute for them."""
     if not any(hasattr(module, name) for name in INPUT_EMBEDDINGS):
         logger.warning(
             "%s: %s has no embed_input_ids(self, input_ids). It is optional; without "
@@ -291,7 +260,7 @@ def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
 def check_takes_embeddings(
     architecture: str, module: nn.Module, keywords: frozenset[str] | None, why: str
 ) -> None:
-    """Embeddings are how all requests reach a module that takes more than tokens.
+    """Check that the module takes embeddings: if enabled, all requests come as such.
 
     Args:
         architecture: the registered name.

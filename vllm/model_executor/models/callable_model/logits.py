@@ -80,7 +80,8 @@ def logits_function(
         if not fits or logits.shape[1] < vocab_size:
             raise ValueError(
                 f"{architecture}: logits have shape {list(logits.shape)}; expected "
-                f"[{tokens}, {vocab_size}], as the config's vocab_size says."
+                f"[{tokens}, {vocab_size}], as the config's vocab_size says. Make the "
+                "output head as wide as that, or correct vocab_size."
             )
         return logits[:, :vocab_size]  # a head may be padded to a multiple of TP
 
@@ -90,8 +91,8 @@ def logits_function(
 def _has_divided_outputs(module: nn.Module, width: int) -> bool:
     """Whether tensor-parallel ranks divide something of which `width` is one's part.
 
-    Known by the marks that say how a parameter is loaded. Where a module loads its
-    weights itself, it needs none.
+    The marks that say how a parameter is loaded tell this. A module that loads its
+    weights itself needs no marks, so its outputs count as divided.
     """
     if hasattr(module, "load_weights"):
         return True
@@ -113,7 +114,7 @@ def _is_part_of_outputs(parameter: nn.Parameter, layer: nn.Module, width: int) -
 
 
 def check_logits(architecture: str, logits: torch.Tensor) -> None:
-    """Look for overflow; -inf is how a head says that an id is no token.
+    """Look for overflow. -inf is allowed: a head says so that an id is no token.
 
     Raises:
         ValueError: some logits are NaN or +inf, or all of one token are -inf.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What errors call the things that users register, return and pass."""
+"""Names, for error messages, of what users register, return and pass."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ from torch import nn
 
 from vllm.compilation.registered_model import compile_if_possible
 from vllm.config import ModelConfig, VllmConfig
-from vllm.model_executor.models.adapter.adapted import AdaptedModel, adapt
+from vllm.model_executor.models.adapter.adapted import AdaptedModel, look
 from vllm.model_executor.models.adapter.adapter import Adapter
+from vllm.model_executor.models.adapter.seen import Seen
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.models.registry import (
     _BaseRegisteredModel,
@@ -34,12 +35,19 @@ from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.auto_map import AutoMapModel
 
 from .build import ModelFactory
-from .checks import check_capabilities, check_signature
+from .capabilities import BY_NAME
+from .checks import check_signature
+from .declarations import (
+    check_capabilities,
+    check_class,
+    check_layers,
+    check_module,
+)
 from .messages import name_of, unpicklable_part
 from .multimodal import MultiModalCallableModel, inputs_of, multimodal_class
 from .wrapper import CallableModelWrapper, pooler_of
 
-# Capabilities of models whose modules know vLLM, so that they are not tried.
+# A module with one of these capabilities was written for vLLM, so it is not tried.
 WITHOUT_ADAPTER = (
     "has_inner_state",
     "is_hybrid",
@@ -79,6 +87,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         check_capabilities(architecture, self.capabilities, self.adapter)
         if not isinstance(factory, str):
             check_signature(architecture, factory)
+        # Code of a model's directory is not imported before a worker asks for it.
+        if not isinstance(factory, AutoMapModel):
+            self._interface()
 
     def __reduce__(self) -> tuple[Any, ...]:
         factory = pickled(self.architecture, self.factory)
@@ -93,16 +104,42 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallableRegisteredModel:
         return self  # immutable, and possibly not picklable
 
-    def adapted(
-        self, module: nn.Module, vllm_config: VllmConfig
-    ) -> AdaptedModel | None:
-        """A way to serve `module`, if it was not written for vLLM."""
+    def look(
+        self, module: nn.Module, vllm_config: VllmConfig, is_stage: bool = False
+    ) -> Seen | None:
+        """What `module` does, if it was not written for vLLM."""
         model_cls = self.load_model_cls()
         knows_vllm = any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER)
         if knows_vllm and not issubclass(model_cls, MultiModalCallableModel):
             return None
         attention_free = getattr(model_cls, "is_attention_free", False)
-        return adapt(module, self.adapter, vllm_config, attention_free)
+        return look(module, self.adapter, vllm_config, attention_free, is_stage)
+
+    def adapted(
+        self, module: nn.Module, vllm_config: VllmConfig, seen: Seen | None
+    ) -> AdaptedModel | None:
+        """A way to serve `module`, by what `look` has seen of it."""
+        if seen is None:
+            return None
+        return AdaptedModel(module, seen, self.adapter or Adapter(), vllm_config)
+
+    def check_built(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Any],
+        vllm_config: VllmConfig,
+        context: ParallelContext,
+    ) -> None:
+        """Whether what is declared is true of `module` and of its `layers` of vLLM's.
+
+        Raises:
+            TypeError: `module` lacks something.
+            ValueError: its layers differ from what is declared.
+
+        """
+        attributes, _ = self._interface()
+        check_module(self.architecture, attributes, module)
+        check_layers(self.architecture, attributes, layers, vllm_config, context)
 
     @property
     def is_pooling_model(self) -> bool:
@@ -114,12 +151,15 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     def load_model_cls(self) -> type[CallableModelWrapper]:
         return self._model_cls
 
-    @functools.cached_property
-    def _model_cls(self) -> type[CallableModelWrapper]:
-        """The wrapper class whose instances `factory` builds.
+    def _interface(self) -> tuple[dict[str, Any], type[nn.Module] | None]:
+        """What the model's class has for vLLM, and the class that the factory names.
 
         What the caller declared wins over the factory's return annotation, and that
         over the wrapper's defaults.
+
+        Raises:
+            TypeError: what is declared needs more.
+
         """
         attributes: dict[str, Any] = {}
         annotated = None
@@ -130,7 +170,15 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             plans = (getattr(annotated, name, None) for name in ("pp_plan", "_pp_plan"))
             if any(plans):
                 attributes.setdefault("supports_pp", True)
-        attributes |= self.capabilities
+        for name, value in self.capabilities.items():
+            attributes[BY_NAME[name].attribute or name] = value
+        check_class(self.architecture, attributes, annotated)
+        return attributes, annotated
+
+    @functools.cached_property
+    def _model_cls(self) -> type[CallableModelWrapper]:
+        """The wrapper class whose instances `factory` builds."""
+        attributes, annotated = self._interface()
         if attributes.get("supports_pp"):
             attributes["make_empty_intermediate_tensors"] = room_for_hidden_states
         if attributes.get("is_pooling_model"):
@@ -161,7 +209,7 @@ def factory_in(
 
 @dataclass(frozen=True)
 class _NamedRegisteredModel(_LazyRegisteredModel):
-    """`"module:name"` in the registry: a class, or a callable; known once imported.
+    """`"module:name"` in the registry; an import shows whether it is a class or not.
 
     Args:
         architecture: the name it is registered under.
@@ -171,8 +219,8 @@ class _NamedRegisteredModel(_LazyRegisteredModel):
     architecture: str
 
     def inspect_model_cls(self) -> _ModelInfo:
-        # vLLM's cache of what a module said of itself knows of changes to the module's
-        # own file only.
+        # Not vLLM's cache of such answers: it notices changes of the module's own file
+        # only.
         def inspect() -> _ModelInfo:
             return _ModelInfo.from_model_cls(self.load_model_cls())
 
@@ -183,7 +231,7 @@ class _NamedRegisteredModel(_LazyRegisteredModel):
 
     def load_model_cls(self) -> type[nn.Module]:
         target = getattr(importlib.import_module(self.module_name), self.class_name)
-        if isinstance(target, type):  # vLLM has some that are stubs, and no modules
+        if isinstance(target, type):  # some of vLLM's are stubs that are no modules
             return target
         return _CallableRegisteredModel(self.architecture, target, {}).load_model_cls()
 
@@ -230,8 +278,8 @@ def pickled(architecture: str, value: Any) -> bytes:
 def _unpickle(
     architecture: str, factory: bytes, capabilities: bytes
 ) -> _CallableRegisteredModel:
-    # A process that dies of an error here, before its first line, could tell nobody.
-    # It is raised when the model is built.
+    # An error here would end the process before it could report anything. So the error
+    # is kept, and raised when the model is built.
     declared = _loads(capabilities)
     if isinstance(declared, Unimportable):
         return _CallableRegisteredModel(architecture, declared, {})
@@ -253,7 +301,7 @@ def _loads(pickle: bytes) -> Any:
 
 
 class Unimportable:
-    """In the place of what this process cannot import; says so when it is called."""
+    """Stands for a callable that cannot be imported here; raises when it is called."""
 
     def __init__(self, error: Exception) -> None:
         self.cause = f"{type(error).__name__}: {error}"
@@ -290,7 +338,7 @@ def annotated_class(factory: ModelFactory) -> type[nn.Module] | None:
 
 
 def interface_of(model_cls: type[nn.Module]) -> dict[str, Any]:
-    """The attributes by which `model_cls` tells vLLM what it can do, for a wrapper."""
+    """The attributes of `model_cls` that tell vLLM what it can do."""
     interface = {}
     for name in dir(model_cls):
         if hasattr(CallableModelWrapper, name) or name.startswith("__"):
@@ -318,5 +366,5 @@ def room_for_hidden_states(
 
 
 def on_module(name: str) -> property:
-    """An attribute that a class check finds and that an instance's module answers."""
+    """A property of the class whose value comes from the instance's module."""
     return property(lambda self: getattr(self.module, name))

@@ -57,7 +57,7 @@ logger = init_logger(__name__)
 # Where nn.Module keeps what belongs to it.
 MODULE_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
-# Where the wrapper keeps those of a module that has none of its own.
+# The wrapper's child with the attention layers of a module that was adapted.
 ATTENTION_LAYERS = "vllm_attention_layers"
 
 WARM_UP_TOKENS = 8
@@ -96,17 +96,20 @@ class CallableModelWrapper(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = self._registration.architecture
-        module, self._constants = build_module(
-            arch, self._registration.factory, vllm_config, prefix
+        registration = self._registration
+        known = vllm_config.compilation_config.static_forward_context
+        of_others = set(known)  # such as a draft model's target
+        module, self._constants, seen = build_module(
+            arch, registration.factory, vllm_config, prefix, registration.look
         )
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
-        self.adapted = self._registration.adapted(module, vllm_config)
+        self.adapted = registration.adapted(module, vllm_config, seen)
         if self.adapted is not None:
             self.full_forward = self.adapted.full_forward
-            # Beside the module's own, which it does not get to see.
+            # In a table of the wrapper's own: the module gets no new children.
             layers = {ATTENTION_LAYERS: self.adapted.layers}
             self.__dict__["_modules"] = {**module._modules, **layers}
 
@@ -130,10 +133,12 @@ class CallableModelWrapper(nn.Module):
         else:
             self._forward_keywords = self.adapted.keywords
         self._stage_input = None
-        if not self._context.is_first_stage:
+        if not self._context.is_first_stage and self.adapted is None:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
-        if self._context.is_last_stage and not self._registration.is_pooling_model:
-            if self._vocab_size < 1:  # of a "module:callable", known only now
+        # Also a model that generates may be pooled: vLLM then takes its head away.
+        self._pools = vllm_config.model_config.runner_type == "pooling"
+        if self._context.is_last_stage and not self._pools:
+            if self._vocab_size < 1:  # a "module:callable" is known only now
                 check_config(vllm_config.model_config, generates=True)
             of_module = None if self.adapted is None else self.adapted.logits_function
             self._logits = logits_function(
@@ -146,6 +151,8 @@ class CallableModelWrapper(nn.Module):
         self._logits_seen = False
         self.attention_calls = AttentionCalls()
         self.was_tried = False
+        layers = {name: known[name] for name in known if name not in of_others}
+        self._registration.check_built(module, layers, vllm_config, self._context)
         use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
@@ -164,7 +171,7 @@ class CallableModelWrapper(nn.Module):
 
     @property
     def lora_manager_cls(self) -> type[HookedLoRAManager]:
-        """What the model runner makes of this model's adapters, if they are enabled."""
+        """The LoRA manager that the model runner makes, if LoRA is enabled."""
         from vllm.lora.hooked_manager import HookedLoRAManager
 
         return HookedLoRAManager
@@ -189,7 +196,7 @@ class CallableModelWrapper(nn.Module):
         raise NotImplementedError(
             f"{self._arch}: prompt embeddings and multimodal inputs need "
             f"embed_input_ids(self, input_ids) on {type(self.module).__name__}, "
-            "which has neither that nor get_input_embeddings()."
+            "which has neither that nor get_input_embeddings(). Add one of them."
         )
 
     def forward(
@@ -218,7 +225,7 @@ class CallableModelWrapper(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
-        """As `forward`, but outside of a step: of whole sequences, as in training."""
+        """As `forward`, but on whole sequences, outside of an engine step."""
         if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
             inputs_embeds = intermediate_tensors[HIDDEN_STATES]
             intermediate_tensors = None
@@ -241,7 +248,9 @@ class CallableModelWrapper(nn.Module):
                     f"Add {name}=None to it."
                 )
         if self.adapted is not None:
-            hidden_states = self.adapted.forward(input_ids, positions, inputs_embeds)
+            hidden_states = self.adapted.forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds
+            )
         else:
             hidden_states = self.module(input_ids, positions, **passed)
         if isinstance(hidden_states, IntermediateTensors):
@@ -322,7 +331,7 @@ class CallableModelWrapper(nn.Module):
         return self._weights.update.has_new(), self._weights.update.is_complete()
 
     def mark_mixed(self, reason: str) -> None:
-        """An update failed on some rank, after something had changed on one."""
+        """Refuse to serve, because an update failed after it had changed weights."""
         self._weights.update.mark_mixed(reason)
 
     def require_update(self, why: str) -> None:
@@ -366,13 +375,12 @@ class CallableModelWrapper(nn.Module):
                 {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
             )
         enter_stage("trying the model on a few tokens")
-        self.eval()  # vLLM does so once the model is loaded
+        self.eval()  # as vLLM does once the model is loaded
 
         def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received)
-            pooling = self._registration.is_pooling_model
-            if isinstance(hidden_states, torch.Tensor) and not pooling:
+            if isinstance(hidden_states, torch.Tensor) and not self._pools:
                 self.compute_logits(hidden_states)
 
         with (

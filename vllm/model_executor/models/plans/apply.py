@@ -8,6 +8,8 @@ Megatron-LM, https://arxiv.org/abs/1909.08053
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from vllm.config import VllmConfig
@@ -21,7 +23,10 @@ from vllm.model_executor.parallel_context import ParallelContext
 
 
 def apply_plans(
-    module: nn.Module, vllm_config: VllmConfig, context: ParallelContext
+    module: nn.Module,
+    vllm_config: VllmConfig,
+    context: ParallelContext,
+    before_cut: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Make this rank's part of `module`, if it has plans, in place.
 
@@ -39,6 +44,8 @@ def apply_plans(
         vllm_config: The engine's config. Attention layers that other stages own leave
             its `static_forward_context`.
         context: The place of this rank.
+        before_cut: Called with `module` before it is cut into stages, if it is: the
+            last moment at which one rank can run the whole of it.
 
     Returns:
         `module`. Parameter names are as before.
@@ -63,5 +70,7 @@ def apply_plans(
     elif layout_invariant():
         round_as_divided(module, styles)
     if cuts_stages and stages is not None:
+        if before_cut is not None:
+            before_cut(module)
         cut_stage(module, stages, vllm_config, context)
     return module

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from vllm.distributed import (
     tensor_model_parallel_all_gather,
@@ -32,7 +33,9 @@ from vllm.model_executor.models.plans.styles import Style
 from vllm.model_executor.parallel_context import ParallelContext
 
 
-def become(part: nn.Module, layer: type[nn.Module], **attributes: Any) -> None:
+def become(
+    part: nn.Module, layer: type[nn.Module], inside: bool = False, **attributes: Any
+) -> None:
     """Have `part` run the forward of `layer`, as a subclass of its own class.
 
     Only the class changes, as with `fully_shard`: `part` stays the same object, with
@@ -42,23 +45,46 @@ def become(part: nn.Module, layer: type[nn.Module], **attributes: Any) -> None:
     Args:
         part: A module.
         layer: A class with a forward, which may call that of `part` by `super()`.
+        inside: The forward of `part` is kept, and calls that of `layer` by `super()`.
         attributes: What `part` gets for the forward of `layer`.
 
     """
     own = type(part)
     if "forward" in vars(part):  # an instance's forward comes before that of any class
         own = _subclass(own, forward=staticmethod(vars(part).pop("forward")))
-    part.__class__ = layer if issubclass(layer, own) else _subclass(own, layer)
+    if inside:
+        part.__class__ = _subclass(own, own, layer)
+    else:
+        part.__class__ = layer if issubclass(layer, own) else _subclass(own, layer)
     for name, value in attributes.items():
         setattr(part, name, value)
 
 
 def _subclass(own: type[nn.Module], *first: type[nn.Module], **members: Any) -> type:
-    """A subclass of `first` and `own` that has the name of `own`."""
+    """A subclass of `first`, and then of `own`, that has the name of `own`."""
     members |= {"__module__": own.__module__, "__qualname__": own.__qualname__}
     return types.new_class(
-        own.__name__, (*first, own), exec_body=lambda body: body.update(members)
+        own.__name__,
+        tuple(dict.fromkeys((*first, own))),
+        exec_body=lambda body: body.update(members),
     )
+
+
+def gather_outputs(part: torch.Tensor) -> torch.Tensor:
+    """`[..., outputs of this rank]` -> `[..., outputs]`.
+
+    One call for a mode that watches a module's functions, which need not see how.
+    """
+    if has_torch_function_unary(part):
+        return handle_torch_function(gather_outputs, (part,), part)
+    return tensor_model_parallel_all_gather(part)
+
+
+def sum_outputs(part: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks, in the shape of `part`; one call as `gather_outputs`."""
+    if has_torch_function_unary(part):
+        return handle_torch_function(sum_outputs, (part,), part)
+    return tensor_model_parallel_all_reduce(part)
 
 
 class _Colwise(nn.Module):
@@ -68,7 +94,7 @@ class _Colwise(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = super().forward(input)  # [..., outputs of this rank]
-        return tensor_model_parallel_all_gather(out) if self.gather_output else out
+        return gather_outputs(out) if self.gather_output else out
 
 
 class WholeLinear(nn.Linear):
@@ -111,7 +137,7 @@ class RowwiseLinear(nn.Linear):
             return divided_linear(input, self.weight, self.bias, leaves, group)
         if group is None:
             return super().forward(input)
-        out = tensor_model_parallel_all_reduce(F.linear(input, self.weight))
+        out = sum_outputs(F.linear(input, self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -125,7 +151,7 @@ class RowwiseEmbedding(nn.Embedding):
         # Each token is known to one rank.
         known = (local >= 0) & (local < self.num_embeddings)
         out = F.embedding(local.where(known, 0), self.weight)
-        return tensor_model_parallel_all_reduce(out * known.unsqueeze(-1))
+        return sum_outputs(out * known.unsqueeze(-1))
 
 
 def follow_style(part: nn.Module, style: Style, context: ParallelContext) -> None:
@@ -158,14 +184,16 @@ def follow_style(part: nn.Module, style: Style, context: ParallelContext) -> Non
             )
     elif isinstance(part, nn.Embedding):
         part.num_embeddings, part.embedding_dim = part.weight.shape
+        # One that scales what `nn.Embedding` gives still does (Gemma).
+        inside = type(part).forward is not nn.Embedding.forward
         if by_outputs:
-            become(part, ColwiseEmbedding, gather_output=gathers)
+            become(part, ColwiseEmbedding, inside, gather_output=gathers)
         else:
-            become(part, RowwiseEmbedding, tp_rank=rank)
+            become(part, RowwiseEmbedding, inside, tp_rank=rank)
 
 
 def _add_hooks(part: nn.Module, style: Style, rank: int, size: int) -> None:
-    """Surround a module of any class, which computes what it did."""
+    """Put collectives around a module of any class, whose forward is not changed."""
     if style.takes == "share":
         part.register_forward_pre_hook(lambda _, args: (args[0] / size, *args[1:]))
     if style.gives == "summed":
@@ -175,7 +203,7 @@ def _add_hooks(part: nn.Module, style: Style, rank: int, size: int) -> None:
 
 
 def _sum_output(part: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    return tensor_model_parallel_all_reduce(out)
+    return sum_outputs(out)
 
 
 def _route(

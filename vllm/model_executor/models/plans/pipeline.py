@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ class Boundary:
 
 
 class StandIn(nn.Module):
-    """What stands in the place of a module that another stage runs."""
+    """Base of the stubs for modules that another stage runs."""
 
     stage_boundary: Boundary
     layer_input: str
@@ -168,6 +168,44 @@ class AfterStack(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _first(args, kwargs)
+
+
+def is_run_here(module: nn.Module, path: str) -> bool:
+    """Whether this stage runs the submodule at `path`, which the whole module had."""
+    part = module
+    for name in filter(None, path.split(".")):
+        if isinstance(part, StandIn):
+            return False
+        part = part.get_submodule(name)
+    return not isinstance(part, StandIn)
+
+
+def run_stage(
+    module: nn.Module, received: IntermediateTensors | None, call: Callable[[], Any]
+) -> Any:
+    """What `call` makes of `module`, which takes no tensors of an earlier stage itself.
+
+    Args:
+        module: Whole, or cut into stages.
+        received: From the stage before.
+        call: Calls the module, or a part of it that holds the stack of layers.
+
+    Returns:
+        What is handed to the next stage, or on the last stage the result of `call`.
+
+    """
+    boundary = getattr(module, "stage_boundary", None)
+    if boundary is None:
+        return call()
+    try:
+        if received is not None:
+            boundary.received = received[HIDDEN_STATES]
+        result = call()
+        if boundary.sent is not None:  # the module's own forward was not called
+            result = IntermediateTensors({HIDDEN_STATES: boundary.sent.flatten(0, -2)})
+    finally:
+        boundary.received = boundary.sent = None
+    return result
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,7 +267,7 @@ def cut_stage(
 def _missing(
     module: nn.Module, stages: Stages, context: ParallelContext
 ) -> dict[str, type[StandIn]]:
-    """What stands in for each module that this stage does not run, by its name."""
+    """The stub for each module that this stage does not run, by the module's name."""
     layers = list(module.get_submodule(stages.stack)._modules)
     for rank in range(context.pipeline_parallel_size):
         if not replace(context, pipeline_parallel_rank=rank).layer_range(len(layers)):

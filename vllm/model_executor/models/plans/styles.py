@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the values of a `tp_plan` mean."""
+"""The meaning of each value that a `tp_plan` may have."""
 
 from __future__ import annotations
 

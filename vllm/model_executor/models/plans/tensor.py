@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.model_executor.models.plans.layers import (
@@ -28,6 +31,42 @@ PLAIN = (
     RowwiseLinear.forward,
     nn.Embedding.forward,
 )
+
+
+def calls_embedding(part: nn.Module) -> bool:
+    """Whether the forward of an embedding's subclass only adds to `nn.Embedding`'s.
+
+    It calls `super().forward`, and does nothing else with the weight than to ask for
+    its dtype, as Gemma's does, which scales the result.
+    """
+    if not isinstance(part, nn.Embedding):
+        return False
+    names = getattr(getattr(type(part).forward, "__code__", None), "co_names", ())
+    if not {"super", "forward"} <= set(names):
+        return False
+    uses = _Uses(part.weight)
+    with torch.no_grad(), uses:
+        part(torch.zeros(1, dtype=torch.long, device=part.weight.device))
+    return uses.found == [F.embedding]
+
+
+class _Uses(TorchFunctionMode):
+    """Which functions a tensor is given to."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+        self._tensor = tensor
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        # What a getter gives, such as a dtype, is the same on every rank.
+        is_getter = getattr(func, "__name__", "") == "__get__"
+        if not is_getter and any(value is self._tensor for value in given):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -58,7 +97,7 @@ def match_splits(module: nn.Module, styles: Mapping[str, Entry]) -> dict[str, Sp
             part = part.get_submodule(leaf)
             # Another forward may do more with the weight than F.linear does. The
             # instance's own is kept, unless it would have to sum the outputs.
-            plain = type(part).forward in PLAIN
+            plain = type(part).forward in PLAIN or calls_embedding(part)
             plain &= entry.style.split != "inputs" or "forward" not in vars(part)
             if not plain or entry.style.split == "experts":
                 raise ValueError(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What is checked, what may differ, and what an engine that fails says."""
+"""The self-check: what is compared, how much may differ, and the error message."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ UNQUANTIZED = ("auto", "float16", "bfloat16")  # cache dtypes
 # What rounding explains in any model, in nats.
 FLOOR = {torch.float32: 1e-4}
 FLOOR_OF_16_BITS = 1e-2
-# The served model may differ by so many times what rounding does.
+# The served model may differ by this many times the effect of rounding.
 MARGIN = 4.0
 ROUNDINGS = (1, 2)
 # By rounding, the router of a mixture may choose another expert for some token of one
@@ -79,7 +79,7 @@ def self_check(worker: Any) -> None:
 
 
 def all_ranks(text: str = "") -> list[str]:
-    """What every rank of the engine says."""
+    """The texts of all ranks of the engine."""
     group = get_world_group()
     if group.world_size == 1:
         return [text]
@@ -87,7 +87,7 @@ def all_ranks(text: str = "") -> list[str]:
 
 
 def first_of_all_ranks(text: str | None) -> str | None:
-    """What the first rank says that says something."""
+    """The first text of any rank that is not empty."""
     return next(filter(None, all_ranks(text or "")), None)
 
 
@@ -111,8 +111,12 @@ def why_not(model: CallableModelWrapper, vllm_config: Any) -> str | None:
         > 1
     ):
         return "ranks divide the context"
-    if model.full_forward is not None and parallel.pipeline_parallel_size > 1:
-        return "its own code does not run as pipeline stages"
+    if (
+        model.adapted is not None
+        and model.adapted.seen.last_only
+        and parallel.pipeline_parallel_size > 1
+    ):
+        return "its stages compute the logits of the last token only"
     ours = engine_halves(model.module)
     for name, part in model.module.named_modules():
         if isinstance(part, AttentionLayerBase) and part not in ours:
@@ -152,7 +156,7 @@ class _Check:
             return f"max_model_len is only {longest}"
         lengths = [longest, min(OTHER_PROMPT, longest)][: scheduler.max_num_seqs]
         steps = steps_of(lengths, scheduler.max_num_batched_tokens)
-        # The code of a model that has a full forward of its own has its own limits.
+        # A model with a full forward of its own has windows that cannot be made small.
         limited = [] if self._model.full_forward else list(self._layers.values())
         with small_limits(limited, self._groups, self._config, longest) as groups:
             batches, problem = self._batches(groups, lengths, steps)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Which submodule computes something else in the engine, first of all."""
+"""Finds the first submodule that computes something else in the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .engine_batch import EngineBatches
 from .forwards import Around, Forwards
 from .trace import Call, Pieces, Values, distance, largest_difference, traced
 
-# A submodule differs if it does by so many times what rounding does.
+# A submodule differs if its difference is this many times the effect of rounding.
 MARGIN = 4.0
 
 
@@ -46,7 +46,7 @@ def first_differing_layer(
 
     Args:
         rounded: Has the module round otherwise.
-        least: What differs by less, relative to the largest value, does not.
+        least: A smaller difference, relative to the largest value, does not count.
 
     Returns:
         Its place in that order, and a sentence about it; None if none differs.
@@ -96,7 +96,7 @@ def _differs(
     noisy: torch.Tensor | None,
     least: float,
 ) -> bool | None:
-    """Whether pieces are not the whole, up to rounding; None if that is not known."""
+    """Whether `pieces` differ from `whole` by more than rounding; None if unknown."""
     found = distance(whole, pieces)
     if whole is None or found is None:
         return None

@@ -107,7 +107,7 @@ class Forwards:
         logprobs: list[Logprobs] = []
         for prompt, compared in zip(self.prompts, self._compared, strict=True):
             ids = prompt.to(self._device)
-            # A context, which vLLM's fused experts ask for, but no step of the engine.
+            # vLLM's fused experts need this context. It makes no engine step.
             with (
                 set_forward_context(
                     None, self._vllm_config, num_tokens=len(ids), skip_compiled=True
@@ -118,6 +118,13 @@ class Forwards:
         return logprobs
 
     def _own_logprobs(self, ids: torch.Tensor, compared: list[int]) -> Logprobs:
+        adapted = self.model.adapted
+        if adapted is not None and get_pp_group().world_size > 1:
+            logits = self._through_stages(partial(adapted.stage_forward, ids))
+            if not isinstance(logits, torch.Tensor):
+                return None
+            vocab_size = self._vllm_config.model_config.get_vocab_size()
+            return _log_softmax(logits[compared, :vocab_size])
         if self.model.full_forward is not None:
             vocab_size = self._vllm_config.model_config.get_vocab_size()
             return _log_softmax(self.model.full_forward(ids)[compared, :vocab_size])

@@ -3,7 +3,7 @@
 """Long windows and high caps of attention, made small for a short prompt.
 
 Both halves of a `TrainableAttention` get the small ones for the time of the check: the
-engine's, which is built anew over the same KV cache, and the trainer's.
+engine's, which is built again over the same KV cache, and the trainer's.
 """
 
 from __future__ import annotations

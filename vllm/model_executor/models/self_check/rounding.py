@@ -3,8 +3,8 @@
 """How far rounding alone moves a model's outputs.
 
 A second, exact copy of the model may not fit, and packed or fused layers have none. So
-the output of every submodule is changed at random by about its last bit: what two
-kernels of the same layer may differ by.
+the output of every submodule is changed at random by about its last bit, by which two
+kernels of the same layer may differ.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_map
 
 
 def relative_error(dtype: torch.dtype, device: torch.device) -> float:
-    """The usual error of a layer's output by rounding, relative to the output.
+    """The usual rounding error of a layer's output, relative to the output.
 
-    With it, outputs of the whole model move as far as they are from those in float32.
-    In float32 itself sums in another order count, too, and on a GPU that vLLM's
-    attention kernels may multiply in TF32, which has 11 bits.
+    Noise of this size moves the outputs of the whole model about as far as they are
+    from those in float32. In float32 it also covers sums in another order and, on a
+    GPU, attention kernels of vLLM that multiply in TF32, which has 11 bits.
     """
     if dtype in (torch.float16, torch.bfloat16):
         return torch.finfo(dtype).eps / 6  # of at most eps / 2

@@ -46,8 +46,8 @@ class Piece:
 def steps_of(lengths: list[int], max_tokens: int) -> list[list[Piece]]:
     """Each prompt in two chunks or more and decode steps, the next one a step later.
 
-    Two requests are thus read in turns, and a chunk of one is beside a decode step of
-    the other. Decode steps come first in a batch, as in vLLM's.
+    So two requests are read in turns, and a chunk of one is beside a decode step of the
+    other. Decode steps come first in a batch, as in vLLM's.
 
     Args:
         lengths: tokens of each request.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What each submodule received and returned in a forward."""
+"""Records what each submodule received and returned in a forward."""
 
 from __future__ import annotations
 

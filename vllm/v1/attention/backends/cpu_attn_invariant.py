@@ -3,8 +3,8 @@
 """Paged attention on a CPU that rounds as attention in training does.
 
 vLLM's kernel divides the keys by how many threads and requests there are. Here each
-sequence is attended by the kernel of training, as if all of it were computed anew. That
-costs as much as training does, and is for comparisons and tests.
+sequence is attended by the kernel of training, as if all of it were computed again.
+That costs as much as training does, and is for comparisons and tests.
 """
 
 from typing import Any

@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """FlashAttention 3 whose decode steps round like its longer queries do.
 
-For a single query FA3 drops the causal flag, and at some head sizes it then walks
-the keys in blocks of another size: other bits. Within a sliding window it does not,
-so a window that hides nothing keeps the bits (tried on an H200: head sizes 64, 72,
-80 and 96; from 112 on there is no difference).
+For a single query FA3 drops the causal flag. At some head sizes it then reads the keys
+in blocks of another size, which gives other bits. It does not do so within a sliding
+window. So layers of these head sizes get a window that is longer than any sequence and
+hides nothing (tried on an H200: head sizes 64, 72, 80 and 96; from 112 on there is no
+difference).
 """
 
 from dataclasses import replace
@@ -33,7 +34,7 @@ class FlashAttentionInvariantMetadataBuilder(FlashAttentionMetadataBuilder):
         *args: Any,
         **kwargs: Any,
     ) -> FlashAttentionMetadata:
-        # FA3 ignores a window that the longest sequence it is told of fits into.
+        # FA3 ignores a window that `max_seq_len` fits into, so this is raised.
         longest = self.model_config.max_model_len
         common_attn_metadata = replace(common_attn_metadata, max_seq_len=longest)
         return super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
@@ -54,7 +55,7 @@ def keep_bits_at_decode(paged: Any, max_model_len: int) -> None:
         max_model_len: The longest sequence, in tokens.
     """
     if paged.sliding_window is None and changes_bits_at_decode(paged.head_size):
-        # The last token of a sequence is never a query, so none looks further back.
+        # The last token is never a query, so no query reaches beyond this window.
         paged.window_without_effect = max_model_len - 1
         paged.impl.sliding_window = (max_model_len - 2, 0)
         paged.attn_backend = FlashAttentionInvariantBackend
