@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""TinyModel with eyes: images of any number of 8 x 8 patches become tokens."""
+"""A plain model with plans and eyes: each 8 x 8 patch of an image becomes a token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from planned_model import CONFIG, HIDDEN, VOCAB, Block
 from safetensors.torch import save_file
-from tiny_model import CONFIG, HIDDEN, TinyModel
 from torch import nn
 
 from vllm.model_executor.parallel_context import ParallelContext
@@ -42,16 +42,36 @@ def count(tensors: dict[str, torch.Tensor]) -> int:
 IMAGES = Modality("image", IMAGE, patches, count, largest)
 
 
-class ImageModel(TinyModel):
+class ImageModel(nn.Module):
     """`forward` takes token ids, or embeddings with an image's in their places."""
 
     multimodal = IMAGES
+    tp_plan = {
+        "embedding": "rowwise",
+        "eyes.0": "colwise",
+        "eyes.2": "rowwise",
+        "layers.*.query_linear": "colwise",
+        "layers.*.key_linear": "colwise",
+        "layers.*.value_linear": "colwise",
+        "layers.*.output_linear": "rowwise",
+        "layers.*.up": "colwise",
+        "layers.*.down": "rowwise",
+        "lm_head": "colwise_rep",
+    }
+    seen = 0  # images, in this process
 
     def __init__(self) -> None:
         super().__init__()
-        self.eyes = nn.Linear(PATCH * PATCH, HIDDEN)
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.positions = nn.Embedding(CONFIG["max_position_embeddings"], HIDDEN)
+        self.eyes = nn.Sequential(
+            nn.Linear(PATCH * PATCH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)
+        )
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
 
     def embed_multimodal(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        ImageModel.seen += len(pixels)
         return [self.eyes(of_one) for of_one in pixels]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -78,7 +98,7 @@ def trained() -> ImageModel:
     model = ImageModel()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.4, generator=generator)
+            parameter.normal_(std=0.2, generator=generator)
     return model
 
 
@@ -101,15 +121,11 @@ def log_probs(
     ids = torch.tensor(token_ids)
     with torch.no_grad():
         embeds = model.embed_input_ids(ids)
-        rows = [model.embed_multimodal(**batch(image))[0] for image in images]
+        rows = [model.eyes(patches(image)["pixels"]) for image in images]
         if rows:
             embeds[ids == IMAGE] = torch.cat(rows)
         hidden_states = model(None, torch.arange(len(ids)), embeds)
         return model.lm_head(hidden_states).log_softmax(-1)
-
-
-def batch(image: Image.Image) -> dict[str, torch.Tensor]:
-    return {name: tensor[None] for name, tensor in patches(image).items()}
 
 
 def save_model(model_dir: Path) -> Path:

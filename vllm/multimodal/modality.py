@@ -71,6 +71,11 @@ class Modality:
                     f"{argument} of {self.name} is {getattr(self, argument)!r}; "
                     "expected a function."
                 )
+        if not isinstance(self.num_tokens, int) and not callable(self.num_tokens):
+            raise TypeError(
+                f"num_tokens of {self.name} is {self.num_tokens!r}; expected an int or "
+                "a function of the tensors."
+            )
         for argument in ("num_tokens", "limit"):
             number = getattr(self, argument)
             if isinstance(number, int) and number < 1:

@@ -224,6 +224,18 @@ class ModalityProcessor(BaseMultiModalProcessor[ModalityInfo]):
             tensor = tensor.to(self.info.ctx.model_config.dtype)
         return tensor
 
+    def _apply_prompt_updates(self, token_ids: list[int], updates: Any) -> Any:
+        for name, of_items in updates.items():
+            found = token_ids.count(self.info.token_ids[name])
+            if found < len(of_items):
+                placeholder = self.info.modalities[name].placeholder
+                raise ValueError(
+                    f"the prompt has {found} of {name}'s placeholder {placeholder!r} "
+                    f"for {len(of_items)} inputs; expected {len(of_items)} "
+                    "placeholders. Write one for each, as a chat template does."
+                )
+        return super()._apply_prompt_updates(token_ids, updates)
+
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:

@@ -89,7 +89,7 @@ class AdaptedModel:
     @property
     def keywords(self) -> frozenset[str]:
         """What else `forward` can pass to the module."""
-        return self.seen.form.keywords(self.module)
+        return self.seen.form.keywords(self.module) | {"intermediate_tensors"}
 
     @property
     def logits_function(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -103,9 +103,18 @@ def check_config(model_config: ModelConfig, generates: bool) -> None:
         generates: whether the model has logits, and thus needs a `vocab_size`.
 
     Raises:
-        ValueError: one is missing, or is not a number that vLLM can use.
+        ValueError: one is missing, or is not a number that vLLM can use; or the model
+            is an encoder-decoder.
 
     """
+    if getattr(model_config.hf_config, "is_encoder_decoder", False):
+        names = ", ".join(model_config.hf_config.architectures or ())
+        raise ValueError(
+            f"{names}: config.json says is_encoder_decoder, and a registered callable "
+            "cannot be an encoder-decoder, whose tokens attend to a second sequence. "
+            "Serve vLLM's own model of this architecture, without registering it, or "
+            "register a decoder."
+        )
     config = model_config.hf_text_config
     for key, use in CONFIG_KEYS.items():
         required = generates and key == "vocab_size"
@@ -251,7 +260,7 @@ def warn_without_embeddings(architecture: str, module: nn.Module) -> None:
 def check_takes_embeddings(
     architecture: str, module: nn.Module, keywords: frozenset[str] | None, why: str
 ) -> None:
-    """Embeddings are how all requests reach a module that takes more than tokens.
+    """Check that the module takes embeddings: if enabled, all requests come as such.
 
     Args:
         architecture: the registered name.
