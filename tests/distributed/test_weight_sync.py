@@ -116,24 +116,29 @@ ENGINES = {
 }
 
 
+def engine_of_first_rank(folder: Path, layout: dict[str, int]) -> LLM | None:
+    """An engine, on the first of torchrun's ranks; None on the others."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # torchrun's ranks unset it
+    if dist.get_rank() > 0:
+        return None
+    return LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_logprobs=-1,
+        max_model_len=64,
+        kv_cache_memory_bytes=32 << 20,
+        enforce_eager=True,
+        **layout,
+    )
+
+
 def update_from_each(
     folder: Path, engine: str, layout: dict[str, int], context: ParallelContext
 ) -> None:
     """On each of two ranks, of which the first has the engine."""
     ModelRegistry.register_model("SyncedModel", ENGINES[engine], supports_pp=True)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # torchrun's ranks unset it
-    llm = None
-    if dist.get_rank() == 0:
-        llm = LLM(
-            str(folder),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_logprobs=-1,
-            max_model_len=64,
-            kv_cache_memory_bytes=32 << 20,
-            enforce_eager=True,
-            **layout,
-        )
+    llm = engine_of_first_rank(folder, layout)
     for seed, (name, build) in enumerate(TRAINERS.items(), start=1):
         expected = reference(seed)
         model, place = build(context)
@@ -217,19 +222,8 @@ def update_mixture(
 ) -> None:
     """From trainers with whole experts, sharded ones, and some of them on each rank."""
     ModelRegistry.register_model("SyncedMixture", build_mixture)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # torchrun's ranks unset it
-    llm = None
-    if dist.get_rank() == 0:
-        llm = LLM(
-            str(folder),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_logprobs=-1,
-            max_model_len=64,
-            kv_cache_memory_bytes=32 << 20,
-            enforce_eager=True,
-            tensor_parallel_size=tensor_parallel_size,
-        )
+    layout = {"tensor_parallel_size": tensor_parallel_size}
+    llm = engine_of_first_rank(folder, layout)
     some = ParallelContext(expert_parallel_size=2, expert_parallel_rank=dist.get_rank())
     trainers = {
         "whole": lambda seed: mixture(seed),

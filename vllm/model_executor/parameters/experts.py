@@ -139,11 +139,7 @@ class FusedExperts:
         kind, _, suffix = leaf.partition("_")
         shape = (self._layer.moe_config.num_experts, rows, *layout.shape[1:])
         yield f"{self._path}.{leaf}", Stack(shape, parts, transposed=False)
-        stacked = {
-            ("gate_proj", "up_proj"): "gate_up_proj",
-            ("down_proj",): "down_proj",
-        }
-        name = stacked.get(tuple(self._projections[kind]))
+        name = TRANSFORMERS_NAMES.get(tuple(self._projections[kind]))
         if name is not None and suffix == "weight":
             turned = self._layer.is_fused_checkpoint_transposed
             shape = (shape[0], *shape[:0:-1]) if turned else shape

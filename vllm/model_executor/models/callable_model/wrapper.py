@@ -131,7 +131,7 @@ class CallableModelWrapper(nn.Module):
         if self.adapted is None:
             self._forward_keywords = forward_keywords(arch, module)
         else:
-            self._forward_keywords = self.adapted.keywords | {"intermediate_tensors"}
+            self._forward_keywords = self.adapted.keywords
         self._stage_input = None
         if not self._context.is_first_stage and self.adapted is None:
             self._stage_input = stage_input(arch, module, self._forward_keywords)
