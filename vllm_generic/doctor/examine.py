@@ -153,16 +153,17 @@ class _Examination:
                 "factory to examine.",
             )
             return
-        failure: Exception | None = None
+        # Texts, because the traceback of the error would keep the model in memory.
+        failure: tuple[str, str] | None = None
         unchecked = None
         with one_process(config):
             try:
                 unchecked = self._loaded(config)
             except Exception as error:  # noqa: BLE001 - it is told below
-                failure = error
+                failure = str(error), said(error)
             gc.collect()
         if failure is not None:
-            self._in_pieces(failure)
+            self._in_pieces(*failure)
         if self_check and not self.report.refused:
             self._self_check(unchecked)
 
@@ -190,8 +191,14 @@ class _Examination:
         look(replace(built, adapted=wrapper.adapted), self.report)
         return why_not(wrapper, config)
 
-    def _in_pieces(self, failure: Exception) -> None:
-        """Say where the model fails, and what can be seen all the same."""
+    def _in_pieces(self, message: str, failure: str) -> None:
+        """Say where the model fails, and what can be seen all the same.
+
+        Args:
+            message: Of the error that ended the loading.
+            failure: The same, as the report says it.
+
+        """
         config = config_of(self.arguments)
         registration = factory_in(config.model_config, self.architecture)
         assert registration is not None
@@ -211,8 +218,8 @@ class _Examination:
                 look_at_plans(built, self.report)
                 return
             look(built, self.report)
-            if not any(str(failure) in found.text for found in self.report.refused):
-                self.report.add("loading", "refused", said(failure))
+            if not any(message in found.text for found in self.report.refused):
+                self.report.add("loading", "refused", failure)
 
     def _built(self, module: nn.Module, config: VllmConfig) -> Built:
         registration = factory_in(config.model_config, self.architecture)
@@ -222,7 +229,7 @@ class _Examination:
             module=module,
             adapted=None,
             vllm_config=config,
-            capabilities=registration.capabilities,
+            model_cls=registration.load_model_cls(),
             tensor_parallel_size=self.arguments.tensor_parallel_size,
             pipeline_parallel_size=self.arguments.pipeline_parallel_size,
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from vllm.model_executor.layers.previous_tokens import PreviousTokens
 from vllm.model_executor.layers.trainable_attention.kv_caches import trainable_layers
 from vllm.model_executor.models.adapter.adapted import AdaptedModel
 from vllm.model_executor.models.callable_model.logits import logits_function
+from vllm.model_executor.models.self_check.trace import engine_halves
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.load import weights_of
 from vllm_generic.doctor.layouts import (
@@ -43,7 +44,7 @@ class Built:
         module: What the factory returned.
         adapted: How it is served, if it was not written for vLLM.
         vllm_config: The engine's config, for one process.
-        capabilities: What was declared when it was registered.
+        model_cls: The class by which vLLM knows it, with what was declared.
         tensor_parallel_size: The one that was asked for.
         pipeline_parallel_size: The one that was asked for.
 
@@ -53,13 +54,17 @@ class Built:
     module: nn.Module
     adapted: AdaptedModel | None
     vllm_config: VllmConfig
-    capabilities: dict[str, Any]
+    model_cls: type[nn.Module]
     tensor_parallel_size: int
     pipeline_parallel_size: int
 
     @property
     def context(self) -> ParallelContext:
         return ParallelContext.from_config(self.vllm_config.parallel_config)
+
+    def declares(self, capability: str) -> bool:
+        """Whether the caller, or the factory's return annotation, declares it."""
+        return bool(getattr(self.model_cls, capability, False))
 
 
 def look(built: Built, report: Report) -> None:
@@ -143,7 +148,7 @@ def _attention(built: Built, report: Report) -> None:
     if rows:
         text = "; ".join(f"{number} × {row}" for row, number in rows.items())
         report.add("attention", "ok", f"{text}. Each has a paged KV cache.")
-    elif built.capabilities.get("is_attention_free"):
+    elif built.declares("is_attention_free"):
         report.add("attention", "ok", "None, as is declared: there is no KV cache.")
     else:
         report.add(
@@ -178,16 +183,11 @@ def _short(line: str) -> str:
 
 def _engine_layers(module: nn.Module) -> list[nn.Module]:
     """The layers of vLLM's in `module` that our own layers do not hold."""
-    halves = {
-        id(inner)
-        for part in module.modules()
-        if part in trainable_layers(module).values() or isinstance(part, PreviousTokens)
-        for inner in part.modules()
-    }
+    halves = engine_halves(module)
     return [
         part
         for part in module.modules()
-        if isinstance(part, AttentionLayerBase) and id(part) not in halves
+        if isinstance(part, AttentionLayerBase) and part not in halves
     ]
 
 
@@ -211,7 +211,7 @@ def _state(built: Built, report: Report) -> None:
 
 
 def _head(built: Built, report: Report) -> None:
-    if built.capabilities.get("is_pooling_model"):
+    if built.declares("is_pooling_model"):
         report.add("head", "ok", "None is needed: it is declared a pooling model.")
         return
     adapted = built.adapted
@@ -249,7 +249,7 @@ def _compilation(built: Built, report: Report) -> None:
         text = "No: enforce_eager is asked for."
     elif built.adapted is not None:
         text = "No: its calls are routed. CUDA graphs hold its steps on a GPU."
-    elif built.capabilities.get("supports_torch_compile") is False:
+    elif getattr(built.model_cls, "supports_torch_compile", True) is False:
         text = "No: it is registered with supports_torch_compile=False."
     elif any(isinstance(p, DTensor) for p in built.module.parameters()):
         text = "No: it holds DTensors."
@@ -262,9 +262,17 @@ def _compilation(built: Built, report: Report) -> None:
 
 
 def _exactness(built: Built, report: Report) -> None:
-    if built.adapted is not None or any(
-        not isinstance(part, MambaBase) for part in _engine_layers(built.module)
-    ):
+    if built.adapted is not None:
+        report.add(
+            "exact mode",
+            "note",
+            "Equal bits with VLLM_BATCH_INVARIANT=1 if the trainer's module attends by "
+            "vLLM's kernels, too, and computes in batch_invariant().",
+            "use_vllm_attention(module) in the trainer, and sum_as_divided(module) if "
+            "it has a tp_plan",
+        )
+        return
+    if any(not isinstance(part, MambaBase) for part in _engine_layers(built.module)):
         report.add(
             "exact mode",
             "note",
@@ -368,34 +376,38 @@ def _tensor_parallelism(built: Built, report: Report) -> None:
 
 def _pipeline_parallelism(built: Built, report: Report) -> None:
     subject, asked = "pipeline parallel", built.pipeline_parallel_size
+    otherwise: State = "refused" if asked > 1 else "note"
+    declared = built.declares("supports_pp")
     if not has_plan(built.module, "pp_plan", built.vllm_config):
-        declared = built.capabilities.get("supports_pp")
-        text = (
-            "It is declared: the factory builds each stage."
-            if declared
-            else ("No pp_plan, and the factory does not declare that it builds stages.")
-        )
-        refused = asked > 1 and not declared
-        report.add(
-            subject,
-            "ok" if declared else "refused" if refused else "note",
-            text,
-            ""
-            if declared
-            else "pp_plan on the module, or supports_pp=True in register_model",
-        )
+        if declared:
+            text = "It is declared: the factory builds each stage."
+            report.add(subject, "ok", text)
+        else:
+            report.add(
+                subject,
+                otherwise,
+                "No pp_plan, and the factory does not declare that it builds stages.",
+                "pp_plan on the module, or supports_pp=True in register_model",
+            )
         return
     stages = max(asked, 2)
     try:
         sizes = bytes_of_ranks(
-            built.module,
-            replace(built.vllm_config),
-            built.tensor_parallel_size,
-            stages,
+            built.module, built.vllm_config, built.tensor_parallel_size, stages
         )
     except ValueError as error:
-        state: State = "refused" if asked > 1 else "note"
-        report.add(subject, state, f"In {stages} stages: {error}")
+        report.add(subject, otherwise, f"In {stages} stages: {error}")
         return
     text = ", ".join(gigabytes(size) for size in sizes)
-    report.add(subject, "ok", f"By its pp_plan, in {stages} stages: {text}.")
+    text = f"By its pp_plan, in {stages} stages: {text}."
+    if declared:
+        report.add(subject, "ok", text)
+    else:
+        report.add(
+            subject,
+            otherwise,
+            f"{text} It has to be declared, because vLLM asks before the module is "
+            "built.",
+            "supports_pp=True in register_model, or the module's class as the "
+            "factory's return annotation",
+        )

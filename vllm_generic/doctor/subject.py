@@ -17,13 +17,10 @@ from torch import nn
 
 from vllm import ModelRegistry
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm_generic.alone import make_groups_of_one
 
 # The architecture of a factory that comes without a config.json.
 NAMELESS = "ExaminedModel"
@@ -118,14 +115,10 @@ def one_process(vllm_config: VllmConfig) -> Iterator[None]:
     """This process as the only worker of an engine with `vllm_config`."""
     backend = "nccl" if current_platform.is_cuda_alike() else "gloo"
     dtype = torch.get_default_dtype()
-    with (
-        tempfile.TemporaryDirectory(prefix="vllm-doctor-") as folder,
-        set_current_vllm_config(vllm_config),
-    ):
-        init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend)
-        initialize_model_parallel()
-        try:
+    make_groups_of_one(vllm_config, backend)
+    try:
+        with set_current_vllm_config(vllm_config):
             yield
-        finally:
-            torch.set_default_dtype(dtype)
-            cleanup_dist_env_and_memory()
+    finally:
+        torch.set_default_dtype(dtype)
+        cleanup_dist_env_and_memory()

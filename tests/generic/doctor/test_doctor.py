@@ -26,7 +26,11 @@ def tiny(vllm_config, parallel_context):
     return TinyModel()
 
 
-def planned(vllm_config, parallel_context):
+def planned(vllm_config, parallel_context) -> planned_model.PlanModel:
+    return planned_model.PlanModel()
+
+
+def planned_undeclared(vllm_config, parallel_context):
     return planned_model.PlanModel()
 
 
@@ -124,6 +128,7 @@ def test_a_factory_without_a_config_or_weights():
     assert "plain_gpt.py:" in attention
     assert "arange" in text_of(report, "call")
     assert report.of("weights")[0].state == "note"
+    assert "use_vllm_attention(module)" in report.of("exact mode")[0].write
 
 
 def test_bytes_of_ranks_are_those_of_the_plan(tmp_path):
@@ -192,6 +197,14 @@ def test_weights_that_do_not_fill_the_module(model_dir):
     (found,) = report.refused
     assert found.subject == "loading" and "layers.1.qkv.weight" in found.text
     assert report.of("attention"), "what can be seen all the same is said"
+
+
+def test_stages_have_to_be_declared(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(planned_model.CONFIG))
+    report = examine(tmp_path, planned_undeclared, pipeline_parallel_size=3, **OPTIONS)
+    (found,) = report.refused
+    assert found.subject == "pipeline parallel" and "supports_pp=True" in found.write
+    assert found.text.partition("3 stages: ")[2].count("kB") == 3
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])

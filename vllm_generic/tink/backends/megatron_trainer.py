@@ -8,7 +8,6 @@ Hugging Face's names, so that every sampler has them.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    init_distributed_environment,
-    initialize_model_parallel,
-    model_parallel_is_initialized,
-)
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.distributed import model_parallel_is_initialized
 from vllm.lora.adapter import Adapter
 from vllm.model_executor.layers import TrainableAttention
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm_generic.alone import make_groups_of_one
 from vllm_generic.tink.backends.megatron_names import Names
 from vllm_generic.tink.backends.module_trainer import ModuleTrainer
 from vllm_generic.tink.backends.packed_model import check_logits
@@ -131,12 +127,7 @@ def _alone() -> ParallelContext:
     """The groups of one process, which are made once."""
     parallel = ParallelConfig()
     if not model_parallel_is_initialized():
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            set_current_vllm_config(VllmConfig(parallel_config=parallel)),
-        ):
-            init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
-            initialize_model_parallel(1)
+        make_groups_of_one(VllmConfig(parallel_config=parallel))
     return ParallelContext.from_config(parallel)
 
 
