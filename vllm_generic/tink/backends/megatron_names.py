@@ -37,7 +37,7 @@ HF_PARENTS = {"self_attention": "self_attn.", "mlp": "mlp."}
 
 
 class Names:
-    """Of one model.
+    """Which layers of Hugging Face's are which layer of Megatron's, in one model.
 
     Args:
         config: Hugging Face's, of a model with queries, keys and values of one width.
@@ -90,7 +90,7 @@ class Names:
         return _renamed(adapter, factors)
 
     def from_hf(self, adapter: Adapter) -> Adapter:
-        """The reverse.
+        """The adapter of Megatron's layers that changes them by the same.
 
         Raises:
             ValueError: layers that are one in Megatron are not all there, or have not

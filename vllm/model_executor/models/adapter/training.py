@@ -199,7 +199,8 @@ def _head_size(size: int, device: torch.device) -> int:
     """The head size with which an engine's backend computes this one."""
     if device.type != "cpu":
         return size
-    return next((known for known in HEAD_SIZES if size <= known >= 32), size)
+    of_backend = (known for known in HEAD_SIZES if known >= 32)
+    return next((known for known in of_backend if known >= size), size)
 
 
 @torch.compiler.disable(reason="reads the values of a mask")
