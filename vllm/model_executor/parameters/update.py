@@ -122,11 +122,7 @@ class UpdateState:
 
     def problem(self) -> str | None:
         """Why the weights cannot be served, and what to do, when loads have ended."""
-        for layer, waiting in list(self._waiting.items()):
-            self.mark_mixed(
-                f"{listed(waiting.missing())} did not come, but vLLM packs all tensors "
-                f"of a {type(layer).__name__} at once"
-            )
+        self._give_up_waiting()
         if self._why is None:
             return None
         stale = listed(sorted(min(tensor) for tensor in self._stale))
@@ -135,12 +131,20 @@ class UpdateState:
             "collective_rpc('reload_weights'), to serve again."
         )
 
+    def _give_up_waiting(self) -> None:
+        """The loads have ended: a layer of which only a part came leaves a mixture."""
+        for layer, waiting in list(self._waiting.items()):
+            self.mark_mixed(
+                f"{listed(waiting.missing())} did not come, but vLLM packs all tensors "
+                f"of a {type(layer).__name__} at once"
+            )
+
     def agree(self, group: ProcessGroup) -> str | None:
         """`problem()` of all ranks of `group`, each of which has to call this.
 
         A load that failed on one rank leaves a mixture if any has loaded something.
         """
-        self.problem()  # a layer that waits is an error, too
+        self._give_up_waiting()
         mine = json.dumps([self._error, self.has_new(), self.is_complete()])
         states = [json.loads(text) for text in all_gather_text(mine, group)]
         errors, new, complete = zip(*states, strict=True)
