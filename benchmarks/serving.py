@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Serving speed of one Llama-3.2-1B shape, random weights, as three models.
+"""Serving speed of one Llama-3.2-1B shape, random weights, as four models.
 
     python benchmarks/serving.py --json results.json
 
-vLLM's native class, vLLM's Transformers backend, and a plain PyTorch module around
-`TrainableAttention` registered by a lambda, all as vLLM runs them by default: compiled,
-with CUDA graphs, the engine in a process of its own. In each round every engine is
-started, one after another, in an order that rotates; then all of them are timed in
-turns, and only one works at a time, so that a host that becomes slower slows them all.
+vLLM's native class, vLLM's Transformers backend, a plain PyTorch module around
+`TrainableAttention` registered by a lambda, and Transformers' own class, unchanged and
+registered by a lambda, all as vLLM runs them by default: compiled, with CUDA graphs,
+the engine in a process of its own. In each round every engine is started, one after
+another, in an order that rotates; then all of them are timed in turns, and only one
+works at a time, so that a host that becomes slower slows them all.
 The first round starts without any cache of compiled code, the later ones with the
 engine's own. Figures are medians. Needs an NVIDIA GPU.
 """
@@ -28,7 +29,7 @@ from typing import Any
 from harness import Child, generation_rate, host, random_prompts
 from llama import LLAMA_1B, Llama
 
-ENGINES = ("native", "Transformers backend", "plain module")
+ENGINES = ("native", "Transformers backend", "plain module", "unchanged module")
 PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 512, 256, 256
 ALONE_PER_TURN = 3
 # All engines of a round share the memory of one GPU.
@@ -61,6 +62,13 @@ def serve(name: str) -> None:
     if name == "plain module":
         architecture = "PlainLlama"
         ModelRegistry.register_model(architecture, lambda c, p: Llama(LLAMA_1B))
+    if name == "unchanged module":
+        from transformers import LlamaForCausalLM
+
+        architecture = "UnchangedLlama"
+        ModelRegistry.register_model(
+            architecture, lambda c, p: LlamaForCausalLM(c.model_config.hf_config)
+        )
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "config.json"
         config.write_text(json.dumps(LLAMA_1B.config(architecture)))

@@ -418,26 +418,32 @@ def main() -> None:
             continue  # not for this device
         if kind == "nccl" and not args.two_gpus:
             continue  # NCCL has one rank a GPU
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", kind]
-        child = subprocess.run(
-            command, stdout=subprocess.PIPE, timeout=args.timeout, check=False
-        )
-        found[kind] = (
-            last_json(child.stdout)
-            if child.returncode == 0
-            else {"failed": child.returncode}
-        )
+        found[kind] = measure(kind, args.timeout)
         print(kind, found[kind], flush=True)
+        if args.json:  # after each, as they take minutes
+            options = {
+                "size": args.size,
+                "device": args.device,
+                "two_gpus": args.two_gpus,
+                "rounds": args.rounds,
+            }
+            content = {"host": host(), "options": options, "results": found}
+            args.json.write_text(json.dumps(content, indent=1) + "\n")
     report(found)
-    if args.json:
-        options = {
-            "size": args.size,
-            "device": args.device,
-            "two_gpus": args.two_gpus,
-            "rounds": args.rounds,
-        }
-        content = {"host": host(), "options": options, "results": found}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure(kind: str, timeout: float) -> dict[str, Any]:
+    """What a child process of this command measures, or how it failed."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", kind]
+    try:
+        child = subprocess.run(
+            command, stdout=subprocess.PIPE, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result in {timeout:.0f} s"}
+    if child.returncode:
+        return {"failed": child.returncode}
+    return last_json(child.stdout)
 
 
 def report(found: dict[str, Any]) -> None:

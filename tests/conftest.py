@@ -27,6 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton's attention would round float32 to TF32.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+# A pool of Inductor's would outlive an engine in this process.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # To count GPUs without a CUDA context, after which nothing can be forked.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -168,6 +170,7 @@ def start(
             "skip_tokenizer_init": True,
             "enforce_eager": True,
             "kv_cache_memory_bytes": 1 << 24,
+            "gpu_memory_utilization": 0.1,  # other tests may be on the same GPU
         }
         llm = LLM(**(defaults | options))
         started.append(llm)

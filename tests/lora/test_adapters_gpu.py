@@ -30,7 +30,7 @@ from vllm.training.batch_invariance import batch_invariant
 product = torch.ops.vllm.lora_grouped_product
 with batch_invariant():
     # What an engine computes of a stack, without knowing the rows, and a trainer.
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16):
         host = torch.tensor([0] * 5 + [-1] * 3 + [2] * 40 + [1] * 9)
         rows, ranks = host.cuda(), torch.tensor([16, 8, 16])
         a = torch.randn(3, 16, 512, device="cuda").to(dtype)
@@ -83,7 +83,7 @@ ModelRegistry.register_model("TinyModel", lambda config, context: TinyModel())
 llm = LLM(
     str(folder), dtype="bfloat16", max_model_len=128, skip_tokenizer_init=True,
     enable_lora=True, max_loras=3, max_lora_rank=16, kv_cache_memory_bytes=1 << 26,
-    max_num_seqs=8,
+    max_num_seqs=8, gpu_memory_utilization=0.1,
 )
 base = TinyModel().cuda().bfloat16()
 base.load_state_dict(weights)

@@ -266,7 +266,7 @@ def test_served_in_cuda_graphs(start: Callable[..., LLM], model_dir: Path) -> No
 
     thresholds = Thresholds(0.9, 0.5, 0.05, 0.1)
     report = validate(llm, reference, PROMPTS, max_tokens=24, thresholds=thresholds)
-    assert report.exit_code == 0
+    assert report.exit_code == 0, report.checks
 
 
 class TrainedConvolution(nn.Module):

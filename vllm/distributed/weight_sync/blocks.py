@@ -9,10 +9,12 @@ both sides of an update run on one machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+
+from vllm.distributed.weight_sync import gpu_blocks
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
 # The bits of positive infinity.
@@ -37,6 +39,11 @@ class Sums:
 
     def add(self, part: torch.Tensor, values: bool = True) -> None:
         """Add some of its elements; their values only if `total` is asked for."""
+        look = values and part.is_floating_point()
+        known = not look or part.dtype in gpu_blocks.EXPONENTS
+        if self._words and known and gpu_blocks.can_read(part):
+            self._add(*gpu_blocks.read(part, look=look))
+            return
         self._bits.append(_sum_bits(part, self._words))
         if values and part.is_floating_point():
             if part.device.type == "cpu":
@@ -46,8 +53,22 @@ class Sums:
             # A sum reads each element once, and makes no tensor of the same size.
             self._values.append(part.sum().float())
 
+    def copy(self, place: torch.Tensor, part: torch.Tensor) -> None:
+        """Copy some of its elements to `place`, and add their bits."""
+        if self._words and gpu_blocks.can_copy(place, part):
+            self._add(*gpu_blocks.read(part, place, look=False))
+            return
+        copy_part(place, part)
+        self.add(place, values=False)
+
+    def _add(self, bits: torch.Tensor, total: torch.Tensor) -> None:
+        self._bits.append(bits)
+        self._values.append(total)
+
     def checksum(self) -> torch.Tensor:
         """The sum of the block's bits as integers, int64 `[]`."""
+        if len(self._bits) == 1:
+            return self._bits[0]
         return torch.stack(self._bits).sum()
 
     def total(self) -> torch.Tensor:
@@ -57,15 +78,41 @@ class Sums:
         """
         if not self._values:
             return torch.zeros((), device=self._bits[0].device)
+        if len(self._values) == 1:
+            return self._values[0]
         return torch.stack(self._values).sum()
 
 
+def copy_blocks(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Copy to each first tensor the second one; the checksums of what was copied.
+
+    What comes from another GPU is summed while the next block comes.
+    """
+    if not any(_between_gpus(place, block) for place, block in pairs):
+        return [copy_block(place, block) for place, block in pairs]
+    device = pairs[0][0].device
+    copying, summing = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    sums = []
+    for place, block in pairs:
+        place.copy_(block)
+        summing.wait_stream(copying)
+        with torch.cuda.stream(summing):
+            sums.append(checksum(place))
+    copying.wait_stream(summing)
+    return sums
+
+
+def _between_gpus(place: torch.Tensor, block: torch.Tensor) -> bool:
+    return place.is_cuda and block.is_cuda and place.device != block.device
+
+
 def copy_block(place: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Copy a block, and return the checksum of what `place` then holds."""
+    """Copy a block, and return the checksum of what was copied."""
     sums = Sums(place)
     for to, part in chunks(place, block):
-        copy_part(to, part)
-        sums.add(to, values=False)
+        sums.copy(to, part)
     return sums.checksum()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm.distributed.weight_sync.blocks import copy_block
+from vllm.distributed.weight_sync.blocks import copy_blocks
 from vllm.distributed.weight_sync.delta import read_block
 from vllm.distributed.weight_sync.manifest import Location
 from vllm.distributed.weight_sync.memory import (
@@ -130,10 +130,12 @@ class Receiver:
             }
             self._exported = exported
         tensors = self._tensors
-        sums = [
-            copy_block(room(copy), copy.block.of_source(tensors[copy.shard]))
-            for copy in copies
-        ]
+        sums = copy_blocks(
+            [
+                (room(copy), copy.block.of_source(tensors[copy.shard]))
+                for copy in copies
+            ]
+        )
         self._wait(lambda: int(self._progress.summed) >= update, update, deadline)
         self._compare(copies, sums)
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Blocks that are copied, summed and looked at in one pass on a GPU.
+
+On a CPU the kernel runs in Triton's interpreter; on a GPU (`-m gpu`) it is compiled.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+from triton_interpreter import interpret
+
+from vllm.distributed.weight_sync import gpu_blocks
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SIZES = [8, 4096, 100_000]
+
+
+def check(device: str) -> int:
+    """Sums, copies, and each kind of value that is not finite; counts what it tried."""
+    tried = 0
+    for dtype, size in product(DTYPES, SIZES):
+        generator = torch.Generator().manual_seed(size)
+        block = torch.randn(size, generator=generator).to(device, dtype)
+        limits = torch.finfo(dtype)
+        edges = [limits.max, limits.min, limits.tiny, -0.0]
+        block[:4] = torch.tensor(edges, dtype=dtype)
+        expected = block.view(torch.int64).sum()
+        place = torch.zeros_like(block)
+        bits, total = gpu_blocks.read(block, place)
+        assert torch.equal(bits, expected) and float(total) == 0.0
+        assert torch.equal(place.view(torch.int64), block.view(torch.int64))
+        bits, _ = gpu_blocks.read(block, look=False)
+        assert torch.equal(bits, expected)
+        for odd, where in product((float("inf"), -float("inf"), float("nan")), (0, -1)):
+            wrong = block.clone()
+            wrong[where] = odd
+            _, total = gpu_blocks.read(wrong)
+            assert torch.isnan(total), (dtype, size, odd, where)
+            tried += 1
+    return tried
+
+
+def interpreted() -> int:
+    return check("cpu")
+
+
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton.runtime.interpreter")
+    assert interpret(__file__, "interpreted") == len(DTYPES) * len(SIZES) * 6
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    assert check("cuda") == len(DTYPES) * len(SIZES) * 6
+
+
+@pytest.mark.gpu
+def test_what_is_taken() -> None:
+    """Whole words that lie together, and a copy within one GPU, in one dtype."""
+    block = torch.zeros(8, 8, dtype=torch.bfloat16, device="cuda")
+    assert gpu_blocks.can_read(block) and gpu_blocks.can_copy(block, block.clone())
+    for other in (block.cpu(), block[:, 1:], block.view(-1)[:3], block.view(-1)[1:5]):
+        assert not gpu_blocks.can_read(other)
+    assert not gpu_blocks.can_copy(block.float(), block)
+    assert not gpu_blocks.can_copy(block.cpu(), block)
