@@ -27,7 +27,7 @@ def add(trainer: AdapterTrainer, name: str, config: AdapterConfig, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for factor in adapter.parameters():
-            factor.normal_(std=0.1, generator=generator)
+            factor.copy_(0.1 * torch.randn(factor.shape, generator=generator))
 
 
 def sequences(name: str | None, *lengths: int, seed: int = 0) -> list[TrainingSequence]:
@@ -65,4 +65,4 @@ def difference(
         batch.append(TrainingSequence(name, ids[:-1], ids[1:]))
     trained = trainer.forward(batch)
     pairs = zip(served, trained, strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(float((a - b.cpu()).abs().max()) for a, b in pairs)

@@ -131,7 +131,11 @@ class CachedPreviousTokens(nn.Module, MambaBase):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.vllm.previous_tokens(x, self.layer_name, self.tokens)
+        # The graph that follows reads where it read when it was recorded. So what the
+        # operator finds has its place in the graph before, as an attention's output.
+        found = x.new_empty(len(x), self.tokens, x.shape[-1])
+        torch.ops.vllm.previous_tokens(x, found, self.layer_name)
+        return found
 
     def look_back(
         self, x: torch.Tensor, metadata: PreviousTokensMetadata
@@ -177,22 +181,25 @@ class CachedPreviousTokens(nn.Module, MambaBase):
         return found
 
 
-def previous_tokens(x: torch.Tensor, layer_name: str, tokens: int) -> torch.Tensor:
+def previous_tokens(x: torch.Tensor, found: torch.Tensor, layer_name: str) -> None:
     """The operator in compiled code; vLLM runs it beside the graphs, as attention."""
     context = get_forward_context()
     metadata = context.attn_metadata
     if metadata is None:  # a warm-up, before there are caches
-        return x.new_zeros(len(x), tokens, x.shape[-1])
+        found.zero_()
+        return
     assert isinstance(metadata, dict)
     layer = context.no_compile_layers[layer_name]
-    return layer.look_back(x, metadata[layer_name])
+    found.copy_(layer.look_back(x, metadata[layer_name]))
 
 
-def _fake(x: torch.Tensor, layer_name: str, tokens: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0], tokens, x.shape[1])
+def _fake(x: torch.Tensor, found: torch.Tensor, layer_name: str) -> None:
+    pass
 
 
-direct_register_custom_op("previous_tokens", previous_tokens, fake_impl=_fake)
+direct_register_custom_op(
+    "previous_tokens", previous_tokens, mutates_args=["found"], fake_impl=_fake
+)
 OPERATOR = "vllm::previous_tokens"
 
 
