@@ -131,10 +131,7 @@ class Receiver:
             self._exported = exported
         tensors = self._tensors
         sums = copy_blocks(
-            [
-                (room(copy), copy.block.of_source(tensors[copy.shard]))
-                for copy in copies
-            ]
+            [(room(copy), copy.block.of_source(tensors[copy.shard])) for copy in copies]
         )
         self._wait(lambda: int(self._progress.summed) >= update, update, deadline)
         self._compare(copies, sums)
