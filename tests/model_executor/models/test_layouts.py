@@ -191,6 +191,7 @@ def test_data_parallel(tmp_path, kind):
         skip_tokenizer_init=True,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 24,
+        gpu_memory_utilization=0.1,  # other tests may be on the same GPUs
         max_logprobs=-1,
         data_parallel_size=2,
         distributed_executor_backend="uni",  # fewer processes
