@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """verl's own server and sender of weights, around a registered model.
 
-python update_by_verl.py DIRECTORY    # prints the largest difference after each update
+python update_by_verl.py DIRECTORY ARCHITECTURE RANKS    # prints largest differences
 
 `vLLMHttpServer` is verl's actor with vLLM's engine. `ServerAdapter.update_weights` is
 what verl's trainer calls on each rank, with the weights of its module.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import served_llama
 import torch
 from transformers import AutoConfig
 from verl.workers.config import CheckpointEngineConfig, HFModelConfig, RolloutConfig
@@ -51,7 +52,20 @@ def update(adapters: list[ServerAdapter], module: torch.nn.Module, step: int) ->
         thread.join()
 
 
-def main(directory: Path, ranks: int) -> list[float]:
+def save(directory: Path, architecture: str) -> None:
+    """A config of more weights than a bucket, which is a mebibyte here."""
+    served_llama.save(
+        directory, hidden_size=256, intermediate_size=512, num_key_value_heads=2
+    )
+    if architecture == "PlainGPT":
+        path = directory / "config.json"
+        config = json.loads(path.read_text())
+        config |= {"architectures": [architecture], "model_type": "plain_gpt"}
+        path.write_text(json.dumps(config))
+
+
+def main(directory: Path, architecture: str, ranks: int) -> list[float]:
+    save(directory, architecture)
     config = RolloutConfig(
         name="vllm",
         dtype="float32",
@@ -68,9 +82,8 @@ def main(directory: Path, ranks: int) -> list[float]:
         checkpoint_engine=CheckpointEngineConfig(update_weights_bucket_megabytes=1),
     )
     model_config = HFModelConfig(
-        str(directory), override_config={"attn_implementation": "sdpa"}
+        path=str(directory), override_config={"attn_implementation": "sdpa"}
     )
-    architecture = model_config.architectures[0]
     hf_config = AutoConfig.from_pretrained(directory)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=True)
     server = (
@@ -100,5 +113,5 @@ def main(directory: Path, ranks: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
     ray.shutdown()
