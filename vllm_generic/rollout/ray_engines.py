@@ -62,19 +62,27 @@ class RayEngine:
         self._capacity = 0
         self.seq_length = 0
 
-    async def start(self, config: RolloutConfig, factory: Factory | str | None) -> None:
+    async def start(
+        self, config: RolloutConfig, factory: Factory | str | None, asked: object
+    ) -> None:
         """Wait for its process, and make the engine there.
 
+        Args:
+            config: How to make it.
+            factory: Builds the model.
+            asked: What it needs of a node, for messages.
+
         Raises:
-            TimeoutError: Ray has no room for it.
+            TimeoutError: Ray has not started it, as where there is no room.
 
         """
         placed = self._actor.__ray_ready__.remote()
         ready, _ = await asyncio.to_thread(ray.wait, [placed], timeout=config.timeout)
         if not ready:
             raise TimeoutError(
-                f"Ray has found no node for {self.name} in {config.timeout:.0f} s. The "
-                f"cluster has {ray.available_resources()} free; see ray_options."
+                f"Ray has not started {self.name} in {config.timeout:.0f} s. It asks "
+                f"for {asked}, and the cluster has {ray.available_resources()} free. "
+                "Change ray_options, or wait longer by timeout."
             )
         start = self._actor.start.remote(config, factory)
         self._capacity, self.seq_length = await self._answer(start)
@@ -180,14 +188,14 @@ async def place(
         * config.data_parallel_size
     )
     resource = "num_gpus" if "GPU" in ray.cluster_resources() else "num_cpus"
-    options = {resource: devices, "scheduling_strategy": "SPREAD"}
-    options |= {"max_concurrency": MOST_CALLS} | config.ray_options
-    actor = ray.remote(_Placed).options(**options)
+    asked = {resource: devices} | config.ray_options
+    defaults = {"scheduling_strategy": "SPREAD", "max_concurrency": MOST_CALLS}
+    actor = ray.remote(_Placed).options(**(defaults | asked))
     engines = [
         RayEngine(actor.remote(), f"engine {number} of Ray", config.timeout)
         for number in range(config.ray_engines)
     ]
-    starts = (engine.start(config, factory) for engine in engines)
+    starts = (engine.start(config, factory, asked) for engine in engines)
     outcomes = await asyncio.gather(*starts, return_exceptions=True)
     failures = [each for each in outcomes if isinstance(each, BaseException)]
     if failures:
