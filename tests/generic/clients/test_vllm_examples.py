@@ -78,14 +78,8 @@ def test_calls_of_rlhf_http(
     options += ["--load-format", "dummy", "--tensor-parallel-size", str(ranks)]
     options += ["--skip-tokenizer-init"]
     logs = tmp_path_factory.mktemp("logs")
-    here = str(Path(__file__).parent)
-    with tiny_server(
-        directory_of(tmp_path),
-        logs,
-        *options,
-        VLLM_SERVER_DEV_MODE="1",
-        PYTHONPATH=here,
-    ) as url:
+    directory = directory_of(tmp_path)
+    with tiny_server(directory, logs, *options, VLLM_SERVER_DEV_MODE="1") as url:
         world = requests.get(f"{url}/get_world_size", timeout=10).json()["world_size"]
         assert world == ranks
         model = module_of(1)
