@@ -134,11 +134,11 @@ def main(args: argparse.Namespace) -> int:
         model=str(directory),
         load_format="dummy",  # the weights come from the trainer
         dtype="float32",
-        n=args.n,
+        n=args.answers,
         max_new_tokens=DIGITS + 1,
         eval_temperature=0.0,
         seed=args.seed,
-        max_num_seqs=args.n * args.prompts,
+        max_num_seqs=args.answers * args.prompts,
         kv_cache_memory_bytes=64 << 20,
         tensor_model_parallel_size=args.engine_ranks,
         enforce_eager=True,
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
                     batch = policy.forward_step({"input_ids": prompts}, iteration=step)
                     pairs = zip(batch["prompt_index"], answers_of(batch), strict=True)
                     rewards = torch.tensor([reward(prompts[i], a) for i, a in pairs])
-                    grouped = rewards.view(len(prompts), args.n)
+                    grouped = rewards.view(len(prompts), args.answers)
                     advantages = advantages_of(grouped, args.algorithm)
                     batch["advantages"] = advantages.flatten()
                 with report.phase("train"):
@@ -190,7 +190,7 @@ if __name__ == "__main__":
     parser.add_argument("--algorithm", choices=("grpo", "rloo"), default="grpo")
     parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--prompts", type=int, default=32, help="in a step")
-    parser.add_argument("--n", type=int, default=16, help="answers to a prompt")
+    parser.add_argument("--answers", type=int, default=16, help="to each prompt")
     parser.add_argument("--epochs", type=int, default=1, help="of each batch")
     parser.add_argument("--clip", type=float, default=0.2, help="of the ratio")
     parser.add_argument("--lr", type=float, default=5e-4)
