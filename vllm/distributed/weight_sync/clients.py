@@ -91,7 +91,7 @@ class LLMClient:
     """An `LLM`, whose requests all have ended when it is not in a call."""
 
     name = "the LLM"
-    url = None
+    url: str | None = None
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -138,7 +138,7 @@ class AsyncLLMClient:
     """An `AsyncLLM`, called from another thread than that of its event loop."""
 
     name = "the AsyncLLM"
-    url = None
+    url: str | None = None
 
     def __init__(self, engine: AsyncLLM, timeout: float) -> None:
         self._engine = engine
@@ -219,7 +219,7 @@ class HTTPClient:
     """A server that was started with `VLLM_SERVER_DEV_MODE=1`."""
 
     def __init__(self, url: str, timeout: float) -> None:
-        self.url = url.rstrip("/")
+        self.url: str | None = url.rstrip("/")
         self._timeout = timeout
         self._session = requests.Session()
         self._mode: Mode = "keep"
