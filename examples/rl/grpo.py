@@ -4,6 +4,7 @@
 
     python examples/rl/grpo.py
     torchrun --nproc-per-node 2 examples/rl/grpo.py    # FSDP2; the first rank's engine
+    torchrun --nproc-per-node 2 examples/rl/grpo.py --tensor-parallel
 
 References: GRPO, https://arxiv.org/abs/2402.03300, without the division by the standard
 deviation, https://arxiv.org/abs/2503.20783; RLOO, https://arxiv.org/abs/2402.14740
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import restore, save
 from first_lesson import pretrain
+from layouts import Layout, clip_gradients, layout_of_this_rank
 from report import Report, show
 from reverse_digits import (
     CONFIG,
@@ -41,7 +43,6 @@ from reverse_digits import (
     text_of,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from vllm_generic.rollout import RolloutConfig, VLLMModule
 
@@ -73,15 +74,18 @@ def evaluate(policy: VLLMModule, count: int, shown: int = 4) -> float:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, args
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict,
+    args: argparse.Namespace,
+    layout: Layout,
 ) -> dict[str, float]:
     """Of this rank's rows of `batch`, `args.epochs` steps of the optimizer."""
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if args.parallel else (1, 0)
-    rows = slice(rank, None, ranks)
+    rows = slice(layout.rank, None, layout.ranks)
     tokens, mask = batch["all_tokens"][rows], batch["loss_mask"][rows, 1:]
     sampled = batch["logprobs"][rows]  # of the engine
     # FSDP takes the mean over ranks, and the loss is one over all tokens.
-    tokens_per_rank = batch["loss_mask"][:, 1:].sum() / ranks
+    tokens_per_rank = batch["loss_mask"][:, 1:].sum() / layout.ranks
     advantages = batch["advantages"][rows, None]
     difference, entropy = 0.0, 0.0
     for epoch in range(args.epochs):
@@ -91,16 +95,18 @@ def train_step(
             with torch.no_grad():
                 difference = ((logprobs - sampled) * mask).abs().max()
                 each = -(distribution.exp() * distribution).sum(-1)
-                entropy = (each * mask).sum() / mask.sum()
+                entropy = (each * mask).sum() / tokens_per_rank
         ratio = (logprobs - sampled).exp()
         clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
         gain = torch.minimum(ratio * advantages, clipped * advantages)
         (-(gain * mask).sum() / tokens_per_rank).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    if args.parallel:
+    if layout.parallel:
         dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+        dist.all_reduce(entropy)
+        entropy /= dist.get_world_size()
     if not difference <= LARGEST_DIFFERENCE:
         raise AssertionError(
             f"Engine and trainer differ by {difference:.2e} in log-probabilities; "
@@ -110,9 +116,7 @@ def train_step(
 
 
 def main(args: argparse.Namespace) -> int:
-    args.parallel = "RANK" in os.environ
-    if args.parallel:
-        dist.init_process_group("gloo")
+    layout = layout_of_this_rank(args.tensor_parallel)
     directory: Path = args.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
@@ -122,8 +126,7 @@ def main(args: argparse.Namespace) -> int:
         start = time.monotonic()
         steps = pretrain(model, args.start_share, args.pretrain_steps, args.seed)
         show(f"Pretrained for {steps} steps, {time.monotonic() - start:.0f} s.")
-    if args.parallel:
-        fully_shard(model)
+    layout.divide(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     done = restore(model, optimizer, directory) if args.resume else 0
 
@@ -131,11 +134,11 @@ def main(args: argparse.Namespace) -> int:
         model=str(directory),
         load_format="dummy",  # the weights come from the trainer
         dtype="float32",
-        n=args.n,
+        n=args.answers,
         max_new_tokens=DIGITS + 1,
         eval_temperature=0.0,
         seed=args.seed,
-        max_num_seqs=args.n * args.prompts,
+        max_num_seqs=args.answers * args.prompts,
         kv_cache_memory_bytes=64 << 20,
         tensor_model_parallel_size=args.engine_ranks,
         enforce_eager=True,
@@ -155,11 +158,11 @@ def main(args: argparse.Namespace) -> int:
                     batch = policy.forward_step({"input_ids": prompts}, iteration=step)
                     pairs = zip(batch["prompt_index"], answers_of(batch), strict=True)
                     rewards = torch.tensor([reward(prompts[i], a) for i, a in pairs])
-                    grouped = rewards.view(len(prompts), args.n)
+                    grouped = rewards.view(len(prompts), args.answers)
                     advantages = advantages_of(grouped, args.algorithm)
                     batch["advantages"] = advantages.flatten()
                 with report.phase("train"):
-                    values = train_step(model, optimizer, batch, args)
+                    values = train_step(model, optimizer, batch, args, layout)
                 with report.phase("sync"):
                     policy.parameter_sync(model)
                 sampled = float(batch["loss_mask"].sum())
@@ -175,7 +178,7 @@ def main(args: argparse.Namespace) -> int:
         show(f"The curves and checkpoints are in {directory}/")
     finally:
         policy.close()
-        if args.parallel:
+        if layout.parallel:
             dist.destroy_process_group()
     return 0 if after >= args.expect else 1
 
@@ -187,7 +190,7 @@ if __name__ == "__main__":
     parser.add_argument("--algorithm", choices=("grpo", "rloo"), default="grpo")
     parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--prompts", type=int, default=32, help="in a step")
-    parser.add_argument("--n", type=int, default=16, help="answers to a prompt")
+    parser.add_argument("--answers", type=int, default=16, help="to each prompt")
     parser.add_argument("--epochs", type=int, default=1, help="of each batch")
     parser.add_argument("--clip", type=float, default=0.2, help="of the ratio")
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -196,6 +199,7 @@ if __name__ == "__main__":
     parser.add_argument("--pretrain-steps", type=int, default=150, help="at most")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--engine-ranks", type=int, default=1)
+    parser.add_argument("--tensor-parallel", action="store_true", help="not FSDP2")
     parser.add_argument("--save-every", type=int, default=40)
     parser.add_argument("--resume", action="store_true", help="a run")
     parser.add_argument("--expect", type=float, default=0.0, help="least final share")

@@ -13,7 +13,8 @@ import torch
 
 pytestmark = pytest.mark.engine
 PROGRAM = str(Path(__file__).parents[2] / "examples" / "rl" / "grpo.py")
-SMALL = ["--prompts=8", "--n=4", "--held-out=8", "--pretrain-steps=3", "--save-every=2"]
+SMALL = ["--prompts=8", "--answers=4", "--held-out=8"]
+SMALL += ["--pretrain-steps=3", "--save-every=2"]
 
 
 def curve(directory: Path, *options: str, ranks: int = 1) -> list[tuple[float, float]]:
@@ -42,8 +43,15 @@ def test_a_resumed_run_has_the_same_curve(tmp_path):
 
 
 @pytest.mark.slow
-def test_fsdp2_with_an_engine_of_another_layout(tmp_path):
-    assert len(curve(tmp_path, "--steps=2", ranks=2)) == 2
+@pytest.mark.parametrize("division", ["fsdp2", "tensor-parallel"])
+def test_a_divided_trainer_has_the_curve_of_one_rank(tmp_path, division):
+    """With an engine of another layout, and over a checkpoint."""
+    alone = curve(tmp_path / "alone", "--steps=3")
+    options = ["--tensor-parallel"] if division == "tensor-parallel" else []
+    curve(tmp_path / division, "--steps=2", *options, ranks=2)
+    divided = curve(tmp_path / division, "--steps=3", "--resume", *options, ranks=2)
+    for step, other in zip(alone, divided, strict=True):
+        assert step == pytest.approx(other, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -134,8 +134,14 @@ class RolloutConfig:
     """Make an `AsyncLLM`: for episodes, and to answer while the trainer trains."""
     engine_urls: list[str] = Field(default_factory=list)
     """Servers to use in place of an engine in this program."""
+    ray_engines: int = Field(default=0, ge=0)
+    """So many engines on nodes that Ray chooses, in place of one in this program."""
+    ray_options: dict[str, Any] = Field(default_factory=dict)
+    """What Ray's `.options` takes for each of them, such as `num_gpus` or `resources`.
+    """
     timeout: float = Field(default=600.0, gt=0)
-    """Seconds for a request to a server, and for a step of an update."""
+    """Seconds for a request to a server, for a step of an update, and for Ray to find a
+    node."""
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs."""
     offload_level: Literal[0, 1, 2] = 1

@@ -28,7 +28,7 @@ from vllm_generic.rollout.requests import (
     one_answer_each,
     set_seeds,
 )
-from vllm_generic.rollout.start import Factory, register, start_engine
+from vllm_generic.rollout.start import Factory, start_engine
 from vllm_generic.rollout.updates import Updates
 
 GIVEN_UP = {
@@ -107,8 +107,7 @@ class VLLMModule:
             if self._engine is None and self._given_engine is not None:
                 self._engine = LocalEngine(self._given_engine)
             elif self._engine is None:
-                self._register()
-                self._engine = start_engine(self.config)
+                self._engine = start_engine(self.config, self._find_factory())
             return self._engine.seq_length(), self._engine.tokenizer()
 
         self._seq_length, self._tokenizer = on_first_rank(start)
@@ -395,19 +394,17 @@ class VLLMModule:
         if not isinstance(self.engine, EnginePool):
             raise RuntimeError(
                 f"{who} needs an engine that takes requests at any time. Set "
-                "asynchronous: true, or engine_urls."
+                "asynchronous: true, engine_urls or ray_engines."
             )
         return self.engine
 
-    def _register(self) -> None:
-        """Let vLLM build the model by `model_provider`, if there is one."""
+    def _find_factory(self) -> Factory | str | None:
+        """What builds the model: the argument or the method `model_provider`."""
         own = type(self).model_provider
-        if self._factory is not None:
-            register(self.config, self._factory)
-        elif own is not VLLMModule.model_provider:
-            takes_arguments = len(inspect.signature(own).parameters) > 1
-            bound = self.model_provider
-            register(self.config, bound if takes_arguments else _WithoutArguments(self))
+        if self._factory is not None or own is VLLMModule.model_provider:
+            return self._factory
+        takes_arguments = len(inspect.signature(own).parameters) > 1
+        return self.model_provider if takes_arguments else _WithoutArguments(self)
 
 
 class _WithoutArguments:

@@ -31,10 +31,20 @@ Factory = Callable[[VllmConfig, ParallelContext], nn.Module]
 SERVER_CAPACITY = 256  # vllm serve's own default of max_num_seqs on most devices
 
 
-def start_engine(config: RolloutConfig) -> Engine:
-    """Make the engine, or connect to the servers, that a config describes."""
+def start_engine(config: RolloutConfig, factory: Factory | str | None) -> Engine:
+    """Make the engine, or connect to the servers, that a config describes.
+
+    Args:
+        config: How to make it.
+        factory: Builds the model in each worker; None if vLLM knows how.
+
+    """
     if config.engine_urls:
         return _connect(config)
+    if config.ray_engines:
+        return _place(config, factory)
+    if factory is not None:
+        register(config, factory)
     args = engine_args(config)
     if not config.asynchronous:
         return LocalEngine(LLM(**args))
@@ -112,6 +122,21 @@ def _connect(config: RolloutConfig) -> Engine:
     async def seq_length(engines: Sequence[AsyncEngine]) -> int:
         lengths = [await server.seq_length() for server in servers]
         return min([*lengths, config.seq_length or lengths[0]])
+
+    return EnginePool(make, seq_length, lambda _: tokenizer)
+
+
+def _place(config: RolloutConfig, factory: Factory | str | None) -> Engine:
+    from vllm_generic.rollout.ray_engines import RayEngine, place
+
+    folder = _tokenizer_folder(config)
+    tokenizer = None if folder is None else AutoTokenizer.from_pretrained(folder)
+
+    async def make() -> Sequence[AsyncEngine]:
+        return await place(config, factory)
+
+    async def seq_length(engines: Sequence[AsyncEngine]) -> int:
+        return min(each.seq_length for each in engines if isinstance(each, RayEngine))
 
     return EnginePool(make, seq_length, lambda _: tokenizer)
 

@@ -181,6 +181,21 @@ def test_an_optional_method_that_is_missing_is_a_warning(wrap, caplog, monkeypat
     )
 
 
+def test_where_trainers_look_for_layers(wrap):
+    """verl's updates refuse what has no `model`."""
+    plain = wrap(Model)
+    assert plain.model is plain.module
+    assert "model" not in dict(plain.named_children())
+
+    class Outer(Model):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(1, 1)
+
+    outer = wrap(Outer)
+    assert outer.model is outer.module.model
+
+
 def test_the_callback_of_version_1(wrap):
     """Two arguments by position, and by keyword only what a signature names."""
     calls = []
@@ -297,6 +312,22 @@ class Sinusoidal(Rotary):
 
     def forward(self, input_ids, positions):
         return self.embedding(input_ids) + self.table[positions]
+
+
+def test_a_module_is_tried_once(wrap):
+    """verl finishes each update by the call that ends a first load."""
+    calls = []
+
+    class Counted(Model):
+        def forward(self, input_ids, positions):
+            calls.append(len(input_ids))
+            return super().forward(input_ids, positions)
+
+    model = wrap(Counted)
+    calls.clear()
+    for _ in range(2):
+        model.process_weights_after_loading()
+    assert calls == [TOKENS]
 
 
 def test_constants_stay_in_float32(wrap):

@@ -10,7 +10,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import requests
 
@@ -27,6 +27,7 @@ FIRST_VERSION = "default"
 HEALTH_S = 2.0  # between two looks whether a server is there
 
 
+@runtime_checkable
 class Client(Protocol):
     """One engine, or several that share a front-end.
 
@@ -34,6 +35,8 @@ class Client(Protocol):
     """
 
     name: str
+    url: str | None
+    """Where it listens on a network, if it is in another program."""
 
     def check(self) -> None:
         """Raise ConnectionError if it is gone, as far as that is seen at once."""
@@ -76,6 +79,8 @@ def client_of(engine: object, timeout: float) -> Client:
         return AsyncLLMClient(engine, timeout)
     if isinstance(engine, str):
         return HTTPClient(engine, timeout)
+    if isinstance(engine, Client):
+        return engine
     raise TypeError(
         f"WeightSync got {engine!r} as an engine; expected an LLM, an AsyncLLM, or the "
         'URLs of servers, such as ["http://host:8000"].'
@@ -86,6 +91,7 @@ class LLMClient:
     """An `LLM`, whose requests all have ended when it is not in a call."""
 
     name = "the LLM"
+    url: str | None = None
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -132,6 +138,7 @@ class AsyncLLMClient:
     """An `AsyncLLM`, called from another thread than that of its event loop."""
 
     name = "the AsyncLLM"
+    url: str | None = None
 
     def __init__(self, engine: AsyncLLM, timeout: float) -> None:
         self._engine = engine
@@ -212,20 +219,20 @@ class HTTPClient:
     """A server that was started with `VLLM_SERVER_DEV_MODE=1`."""
 
     def __init__(self, url: str, timeout: float) -> None:
-        self._url = url.rstrip("/")
+        self.url: str | None = url.rstrip("/")
         self._timeout = timeout
         self._session = requests.Session()
         self._mode: Mode = "keep"
         self._slept = False
         self._checked = 0.0
-        self.name = self._url
+        self.name = self.url
 
     def _call(
         self, method: str, path: str, optional: bool = False, **arguments: Any
     ) -> Any:
         try:
             answer = self._session.request(
-                method, f"{self._url}{path}", timeout=self._timeout, **arguments
+                method, f"{self.url}{path}", timeout=self._timeout, **arguments
             )
         except requests.Timeout:
             raise TimeoutError(
@@ -237,12 +244,12 @@ class HTTPClient:
             if optional:
                 return None
             raise RuntimeError(
-                f"{self._url} has no {path}. Start the server with "
+                f"{self.url} has no {path}. Start the server with "
                 "VLLM_SERVER_DEV_MODE=1, and where only trainers can reach it."
             )
         if not answer.ok:
             self._session.close()  # the server closes its end after an error
-            raise RuntimeError(f"{self._url}{path}: {answer.text.strip()[:500]}")
+            raise RuntimeError(f"{self.url}{path}: {answer.text.strip()[:500]}")
         return answer.json() if answer.content else None
 
     def check(self) -> None:
@@ -250,7 +257,7 @@ class HTTPClient:
             return
         self._checked = time.monotonic()
         try:
-            answer = requests.get(f"{self._url}/health", timeout=HEALTH_S)
+            answer = requests.get(f"{self.url}/health", timeout=HEALTH_S)
         except requests.Timeout:
             return  # it may be busy
         except requests.ConnectionError as error:

@@ -33,7 +33,7 @@ class Engines:
         self._failed: set[str] = set()
         self._begun: set[str] = set()
         self.slept = False  # one of them, before this update
-        self.urls = [each for each in engines if isinstance(each, str)]
+        self.urls = [client.url for client in self._clients if client.url is not None]
 
     def look(self) -> None:
         """Learn how many ranks the engines have, and which weights they serve."""

@@ -167,7 +167,9 @@ class CallableModelWrapper(nn.Module):
         except AttributeError:
             if "module" not in self.__dict__:
                 raise
-            return getattr(self.module, name)
+            # Trainers look for the layers of a model of vLLM's there.
+            default = (self.module,) if name == "model" else ()
+            return getattr(self.module, name, *default)
 
     @property
     def lora_manager_cls(self) -> type[HookedLoRAManager]:
@@ -346,11 +348,14 @@ class CallableModelWrapper(nn.Module):
         """Finish the module's own processing, then try the model on a few tokens.
 
         vLLM warms up most configurations later, but not all; a model that cannot
-        run must fail here, while it is loaded.
+        run must fail here, while it is loaded. Some trainers call this again after
+        each update; then there is nothing to try.
         """
         self._weights.finish_first_load()
         if hasattr(self.module, "process_weights_after_loading"):
             self.module.process_weights_after_loading()
+        if self.was_tried:
+            return
         # Leave the first call of compiled parts to vLLM's profiling run.
         parts = self.module.modules()
         compiled = any(not getattr(part, "do_not_compile", True) for part in parts)
