@@ -74,8 +74,8 @@ TUNE = dict(
     num_kv_heads=1,
     embed_dim=64,
     max_seq_len=LENGTH,
-    intermediate_dim=128,
 )
+TUNE_GATED = TUNE | dict(intermediate_dim=128)
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,32 @@ def litgpt(name: str, config: str, **extra: Any) -> Case:
     return Case("litgpt", name, build)
 
 
-def torchtune(name: str, module: str) -> Case:
+def torchtune(name: str, family: str, **extra: Any) -> Case:
     def build() -> Any:
         from importlib import import_module
 
-        family, _, builder = module.rpartition(".")
-        return getattr(import_module(f"torchtune.models.{family}"), builder)(**TUNE)
+        builder = getattr(import_module(f"torchtune.models.{family}"), family)
+        return builder(**TUNE_GATED | extra)
 
     return Case("torchtune", name, build)
+
+
+def torchtitan(name: str, family: str, flavor: str = "debugmodel") -> Case:
+    """The library's own small models, with two layers and a smaller vocabulary."""
+
+    def build() -> Any:
+        from importlib import import_module
+
+        models = import_module(f"torchtitan.models.{family}")
+        config = getattr(models, f"{family}_configs")[flavor](attn_backend="sdpa")
+        config.layers = config.layers[:2]
+        config.vocab_size = config.tok_embeddings.num_embeddings = VOCAB
+        config.lm_head.out_features = VOCAB
+        model = config.build()
+        model.init_states()
+        return model
+
+    return Case("torchtitan", name, build)
 
 
 def x_transformers(name: str, flash: bool = True, **extra: Any) -> Case:
@@ -162,8 +180,14 @@ CASES = [
     litgpt("Gemma 3", "Gemma-3-1b-it", n_query_groups=1, sliding_window_size=16),
     litgpt("Mixtral", "Mixtral-8x7B-v0.1", n_query_groups=1, n_expert=4),
     litgpt("Qwen3", "Qwen3-0.6B", n_query_groups=1, head_size=32),
-    torchtune("Llama 3.1", "llama3_1.llama3_1"),
-    torchtune("Qwen2", "qwen2.qwen2"),
+    torchtune("Llama 3.1", "llama3_1"),
+    torchtune("Qwen2", "qwen2"),
+    torchtune("Mistral", "mistral"),
+    torchtune("Gemma 2", "gemma2", head_dim=32, sliding_window_size=16),
+    torchtitan("Llama 3", "llama3"),
+    torchtitan("Qwen3", "qwen3"),
+    torchtitan("Qwen3-MoE", "qwen3", "debugmodel_moe"),
+    torchtitan("DeepSeek-V3", "deepseek_v3"),
     x_transformers("rotary", rotary_pos_emb=True),
     x_transformers("learned positions"),
     x_transformers("ALiBi", alibi_pos_bias=True),
