@@ -120,14 +120,17 @@ def torchtune(name: str, family: str, **extra: Any) -> Case:
     return Case("torchtune", name, build)
 
 
-def torchtitan(name: str, family: str, flavor: str = "debugmodel") -> Case:
+def torchtitan(
+    name: str, family: str, flavor: str = "debugmodel", **extra: Any
+) -> Case:
     """The library's own small models, with two layers and a smaller vocabulary."""
 
     def build() -> Any:
         from importlib import import_module
 
         models = import_module(f"torchtitan.models.{family}")
-        config = getattr(models, f"{family}_configs")[flavor](attn_backend="sdpa")
+        configs = getattr(models, f"{family.replace('_', '')}_configs")
+        config = configs[flavor](attn_backend="flex", **extra)
         config.layers = config.layers[:2]
         config.vocab_size = config.tok_embeddings.num_embeddings = VOCAB
         config.lm_head.out_features = VOCAB
@@ -187,7 +190,8 @@ CASES = [
     torchtitan("Llama 3", "llama3"),
     torchtitan("Qwen3", "qwen3"),
     torchtitan("Qwen3-MoE", "qwen3", "debugmodel_moe"),
-    torchtitan("DeepSeek-V3", "deepseek_v3"),
+    torchtitan("DeepSeek-V3", "deepseek_v3", moe_comm_backend="standard"),
+    torchtitan("gpt-oss", "gpt_oss", moe_comm_backend="standard"),
     x_transformers("rotary", rotary_pos_emb=True),
     x_transformers("learned positions"),
     x_transformers("ALiBi", alibi_pos_bias=True),
