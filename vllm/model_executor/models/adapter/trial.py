@@ -27,6 +27,8 @@ from .tables import Tables, sliced_axis
 # Marks of values that are computed from the tokens, or from given positions.
 TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
+# They write into their first argument, and return nothing.
+_WRITES = (torch.Tensor.__setitem__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)
 
 
@@ -149,7 +151,7 @@ class Trial(TorchFunctionMode):
         given = _tensors((args, kwargs))
         origins: frozenset[Any] = frozenset().union(*map(self.origins_of, given))
         results = _tensors(result)
-        if result is None and given and func is torch.Tensor.__setitem__:
+        if result is None and given and func in _WRITES:
             results = given[:1]
         for tensor in results:
             self._set_origins(func, site, args, tensor, origins)
