@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cached_steps import VOCAB, assert_serves, look
+from ranks import run_ranks
 from torch import nn
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -283,6 +284,43 @@ class OfAnotherClass(Attention):
 
 class Holder:
     function = staticmethod(flex_attention)
+
+
+def see_megatron(context):
+    """Megatron's own attention is one call; its groups are those of vLLM."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_query_groups=1,
+        window_size=(WINDOW - 1, 0),
+        window_attn_skip_freq=2,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+    )
+    groups = context.megatron_groups()
+    spec = get_gpt_layer_local_spec()
+    model = GPTModel(config, spec, VOCAB, 64, pg_collection=groups).eval()
+    seen = assert_serves(model)
+    assert [call.window for call in seen.attention.values()] == [WINDOW, None]
+    assert {call.kv_heads for call in seen.attention.values()} == {1}
+    layer = model.decoder.layers[0].self_attention
+    assert type(layer.core_attention) is not DotProductAttention
+    assert isinstance(layer.core_attention, DotProductAttention)
+    ids = torch.arange(20)[None]
+    expected = model(ids, ids, None)
+    routed = use_vllm_attention(model, vocab_size=VOCAB)
+    torch.testing.assert_close(routed(ids, ids, None), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_megatrons_own_attention(tmp_path):
+    pytest.importorskip("megatron.core")
+    run_ranks(see_megatron, tmp_path)
 
 
 @pytest.mark.parametrize(
