@@ -78,7 +78,7 @@ TUNE = dict(
 TUNE_GATED = TUNE | dict(intermediate_dim=128)
 MEGATRON = dict(
     normalization="RMSNorm",
-    num_query_groups=1,
+    num_query_groups=2,
     add_bias_linear=False,
     gated_linear_unit=True,
 )
@@ -185,7 +185,7 @@ def megatron(name: str, **extra: Any) -> Case:
         config = TransformerConfig(
             num_layers=2,
             hidden_size=64,
-            num_attention_heads=2,
+            num_attention_heads=4,
             ffn_hidden_size=128,
             tensor_model_parallel_size=groups.tp.size(),
             pipeline_model_parallel_size=groups.pp.size(),
@@ -343,7 +343,7 @@ def run(case: Case, ranks: int, stages: int) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    return " ".join(str(error).split())[:4000]
 
 
 def run_apart(index: int, ranks: int = 1, stages: int = 1) -> dict[str, Any]:

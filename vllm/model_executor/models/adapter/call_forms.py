@@ -137,13 +137,16 @@ def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[Call
 
 
 def is_written_for_vllm(module: nn.Module) -> bool:
-    """Whether forward wants positions as vLLM gives them, right after the tokens."""
+    """Whether forward wants tokens, then positions, and nothing else, as of vLLM."""
     parameters = list(inspect.signature(module.forward).parameters.values())
-    return (
-        len(parameters) > 1
-        and parameters[1].name in POSITIONS
-        and parameters[1].default is inspect.Parameter.empty
-    )
+    required = [
+        p.name
+        for p in parameters
+        if p.default is inspect.Parameter.empty
+        and p.kind
+        not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    ]
+    return len(required) == 2 and required[1] in POSITIONS
 
 
 def cannot_be_called(
