@@ -343,7 +343,7 @@ def run(case: Case, ranks: int, stages: int) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:4000]
+    return " ".join(str(error).split())[:400]
 
 
 def run_apart(index: int, ranks: int = 1, stages: int = 1) -> dict[str, Any]:

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import (
+    _is_torch_function_mode_enabled,
+    handle_torch_function,
+    has_torch_function,
+)
 
 
 class UnservableError(ValueError):
@@ -55,6 +59,12 @@ class AttentionCall:
     result: Callable[[torch.Tensor], Any] = lambda out: out
 
 
+def is_watched(arguments: Sequence[Any]) -> bool:
+    """Whether a mode, or one of `arguments`, has to be told of a function's call."""
+    # While the compiler traces, the first forgets modes.
+    return has_torch_function(arguments) or _is_torch_function_mode_enabled()
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -78,7 +88,7 @@ def attention(
         `[batch, heads, tokens, value_dim]`
 
     """
-    if has_torch_function((query, key, value)):
+    if is_watched((query, key, value)):
         return handle_torch_function(
             attention,
             (query, key, value),

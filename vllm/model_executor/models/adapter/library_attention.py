@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from vllm.model_executor.models.plans.layers import become
 
-from .calls import AttentionCall
+from .calls import AttentionCall, is_watched
 from .flex import FlexMods
 from .readers import READERS
 from .rebind import rebind
@@ -46,7 +46,7 @@ def core_attention(
 ) -> Any:
     """The forward of a library's attention module, seen as one call."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-    if has_torch_function(tensors):
+    if is_watched(tensors):
         return handle_torch_function(
             core_attention, tensors, part, forward, *args, **kwargs
         )

@@ -15,9 +15,9 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
-from .calls import AttentionCall, attention
+from .calls import AttentionCall, attention, is_watched
 from .flex import resolved
 from .readers import OTHERS, PLAIN_FUNCTIONS, PLAIN_OTHERS, READERS
 
@@ -51,8 +51,8 @@ def stand_in(function: Any) -> Callable[..., Any] | None:
 
 def unwatched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `function` where the innermost mode does not see what it calls."""
-    if has_torch_function((None,)):  # a mode watches
-        return handle_torch_function(unwatched, (None,), function, *args, **kwargs)
+    if is_watched(()):  # a mode watches
+        return handle_torch_function(unwatched, (), function, *args, **kwargs)
     return function(*args, **kwargs)
 
 
@@ -139,7 +139,7 @@ def _make(function: Any, known: tuple[str, str]) -> Callable[..., Any]:
 
     def seen(*args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        if has_torch_function(tensors):
+        if is_watched(tensors):
             return handle_torch_function(seen, tensors, *args, **kwargs)
         on_cpu = tensors[0].device.type == "cpu"
         if read is not None and on_cpu and not has_kernel:
