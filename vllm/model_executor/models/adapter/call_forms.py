@@ -114,7 +114,9 @@ def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[Call
     names = list(parameters)
     if positions is None:
         positions = next((name for name in POSITIONS if name in names), None)
-    constants = [("use_cache", False)] if "use_cache" in names else []
+    constants: list[tuple[str, Any]] = (
+        [("use_cache", False)] if "use_cache" in names else []
+    )
     constants += [
         (name, None)
         for name in NO_MASKS
