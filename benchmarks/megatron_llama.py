@@ -16,41 +16,10 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.trainable_attention import TrainableAttention
+from vllm.model_executor.layers.trainable_attention.megatron import CoreAttention
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
-
-
-class CoreAttention(TrainableAttention):
-    """TrainableAttention with the interface of Megatron's core attention."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        pg_collection: "ProcessGroupCollection",
-        **_: Any,
-    ) -> None:
-        tp_size = pg_collection.tp.size()
-        super().__init__(
-            config.num_attention_heads // tp_size,
-            config.kv_channels,
-            config.num_query_groups // tp_size,
-            prefix=f"decoder.layers.{layer_number - 1}.self_attention.core_attention",
-        )
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        # [tokens, batch=1, heads, head_dim] -> [tokens, 1, hidden / TP]
-        out = super().forward(query.squeeze(1), key.squeeze(1), value.squeeze(1))
-        return out.flatten(1).unsqueeze(1)
 
 
 class ServingRowParallelLinear(RowParallelLinear):

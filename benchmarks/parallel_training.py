@@ -101,7 +101,9 @@ def compiled_vllm_layers(shape: LlamaShape, context: ParallelContext) -> Model:
 
 
 def megatron(shape: LlamaShape, context: ParallelContext) -> Model:
-    from megatron_llama import CoreAttention, MegatronLlama
+    from megatron_llama import MegatronLlama
+
+    from vllm.model_executor.layers.trainable_attention.megatron import CoreAttention
 
     model = build_megatron(MegatronLlama, CoreAttention, shape, context)
 

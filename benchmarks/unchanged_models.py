@@ -74,17 +74,35 @@ TUNE = dict(
     num_kv_heads=1,
     embed_dim=64,
     max_seq_len=LENGTH,
-    intermediate_dim=128,
+)
+TUNE_GATED = TUNE | dict(intermediate_dim=128)
+MEGATRON = dict(
+    normalization="RMSNorm",
+    num_query_groups=2,
+    add_bias_linear=False,
+    gated_linear_unit=True,
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of a library, and how it is built."""
+    """A model of a library.
+
+    Args:
+        library: Its name on PyPI.
+        name: Of the model.
+        build: Builds it, with a `ParallelContext` if it asks for one.
+        takes_context: Whether it does.
+        reference: Logits `[tokens, vocab]` of a module and ids `[tokens]`; None for the
+            module's own forward as `full_forward` calls it.
+
+    """
 
     library: str
     name: str
-    build: Callable[[], Any]
+    build: Callable[..., Any]
+    takes_context: bool = False
+    reference: Callable[[Any, Any], Any] | None = None
 
 
 def hugging_face(name: str, cls: str, **extra: Any) -> Case:
@@ -110,14 +128,35 @@ def litgpt(name: str, config: str, **extra: Any) -> Case:
     return Case("litgpt", name, build)
 
 
-def torchtune(name: str, module: str) -> Case:
+def torchtune(name: str, family: str, **extra: Any) -> Case:
     def build() -> Any:
         from importlib import import_module
 
-        family, _, builder = module.rpartition(".")
-        return getattr(import_module(f"torchtune.models.{family}"), builder)(**TUNE)
+        builder = getattr(import_module(f"torchtune.models.{family}"), family)
+        return builder(**TUNE_GATED | extra)
 
     return Case("torchtune", name, build)
+
+
+def torchtitan(
+    name: str, family: str, flavor: str = "debugmodel", **extra: Any
+) -> Case:
+    """The library's own small models, with two layers and a smaller vocabulary."""
+
+    def build() -> Any:
+        from importlib import import_module
+
+        models = import_module(f"torchtitan.models.{family}")
+        configs = getattr(models, f"{family.replace('_', '')}_configs")
+        config = configs[flavor](attn_backend="flex", **extra)
+        config.layers = config.layers[:2]
+        config.vocab_size = config.tok_embeddings.num_embeddings = VOCAB
+        config.lm_head.out_features = VOCAB
+        model = config.build()
+        model.init_states()
+        return model
+
+    return Case("torchtitan", name, build)
 
 
 def x_transformers(name: str, flash: bool = True, **extra: Any) -> Case:
@@ -131,6 +170,66 @@ def x_transformers(name: str, flash: bool = True, **extra: Any) -> Case:
         )
 
     return Case("x-transformers", name, build)
+
+
+def megatron(name: str, **extra: Any) -> Case:
+    """Learned positions, because Megatron's rotary embedding asks for a CUDA device."""
+
+    def build(context: Any = None) -> Any:
+        import torch
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer import TransformerConfig
+
+        groups = megatron_alone() if context is None else context.megatron_groups()
+        config = TransformerConfig(
+            num_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            ffn_hidden_size=128,
+            tensor_model_parallel_size=groups.tp.size(),
+            pipeline_model_parallel_size=groups.pp.size(),
+            pipeline_dtype=torch.float32,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            use_cpu_initialization=True,
+            **extra,
+        )
+        return GPTModel(
+            config,
+            get_gpt_layer_local_spec(normalization=config.normalization),
+            VOCAB,
+            LENGTH,
+            parallel_output=False,
+            pg_collection=groups,
+        )
+
+    return Case("megatron-core", name, build, True, megatron_logits)
+
+
+def megatron_logits(module: Any, ids: Any) -> Any:
+    """With a mask of ours, because Megatron makes its own on a CUDA device only."""
+    import torch
+
+    hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)[None, None]
+    return module.eval()(ids[None], torch.arange(len(ids))[None], hidden)[0]
+
+
+def megatron_alone() -> Any:
+    """Megatron's groups for the reference, which attends by Megatron's own code."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    initialize_rng_tracker(inference_rng_tracker=True)  # there is no dropout
+    if not torch.cuda.is_available():
+        # Its attention asks for a CUDA device.
+        torch.cuda.current_device = lambda: torch.device("cpu")
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def plain_gpt() -> Any:
@@ -162,8 +261,17 @@ CASES = [
     litgpt("Gemma 3", "Gemma-3-1b-it", n_query_groups=1, sliding_window_size=16),
     litgpt("Mixtral", "Mixtral-8x7B-v0.1", n_query_groups=1, n_expert=4),
     litgpt("Qwen3", "Qwen3-0.6B", n_query_groups=1, head_size=32),
-    torchtune("Llama 3.1", "llama3_1.llama3_1"),
-    torchtune("Qwen2", "qwen2.qwen2"),
+    torchtune("Llama 3.1", "llama3_1"),
+    torchtune("Qwen2", "qwen2"),
+    torchtune("Mistral", "mistral"),
+    torchtune("Gemma 2", "gemma2", head_dim=32, sliding_window_size=16),
+    torchtitan("Llama 3", "llama3"),
+    torchtitan("Qwen3", "qwen3"),
+    torchtitan("Qwen3-MoE", "qwen3", "debugmodel_moe"),
+    torchtitan("DeepSeek-V3", "deepseek_v3", moe_comm_backend="standard"),
+    torchtitan("gpt-oss", "gpt_oss", moe_comm_backend="standard"),
+    megatron("GPT"),
+    megatron("GPT, gated, RMSNorm, grouped queries", **MEGATRON),
     x_transformers("rotary", rotary_pos_emb=True),
     x_transformers("learned positions"),
     x_transformers("ALiBi", alibi_pos_bias=True),
@@ -187,7 +295,7 @@ def run(case: Case, ranks: int, stages: int) -> dict[str, Any]:
 
     def build(vllm_config: Any, context: Any) -> Any:
         SHAPE.update(shape)  # also in a worker
-        return case.build()
+        return case.build(context) if case.takes_context else case.build()
 
     try:
         module = case.build()
@@ -226,9 +334,8 @@ def run(case: Case, ranks: int, stages: int) -> dict[str, Any]:
             )
         except Exception as error:  # noqa: BLE001 - the refusal is the result
             return {"refused": f"{type(error).__name__}: {first_line(error)}"}
-        report = validate(
-            llm, lambda ids: full_forward(module, ids), PROMPTS, max_tokens=16
-        )
+        forward = case.reference or full_forward
+        report = validate(llm, lambda ids: forward(module, ids), PROMPTS, max_tokens=16)
     values = {check.name: check.value for check in report.checks}
     greedy = values["greedy agreement"]
     distance = max(values["max |Δ log p|"], values["prompt max |Δ log p|"])

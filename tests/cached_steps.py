@@ -8,12 +8,10 @@ from torch import nn
 from vllm.model_executor.models.adapter import Adapter
 from vllm.model_executor.models.adapter.calls import AttentionCall, attention
 from vllm.model_executor.models.adapter.full_forward import full_forward
+from vllm.model_executor.models.adapter.library_attention import show_attention
 from vllm.model_executor.models.adapter.seen import Seen, run_routed, see
 from vllm.model_executor.models.adapter.sites import PathHooks
 from vllm.model_executor.models.adapter.tables import Tables
-from vllm.model_executor.models.adapter.transformers_attention import (
-    use_seen_attention,
-)
 from vllm.model_executor.models.adapter.trial import SeenAttention
 
 VOCAB = 256
@@ -67,7 +65,7 @@ def heads_of_sites(model: nn.Module) -> list[tuple[str, int]]:
 
 @torch.no_grad()
 def look(module: nn.Module, adapter: Adapter | None = None) -> Seen:
-    use_seen_attention(module)
+    show_attention(module)
     return see(module.eval(), adapter or Adapter(), VOCAB, 64, CPU)
 
 

@@ -3,8 +3,8 @@
 """Serve a whole Megatron-core GPTModel with vLLM, and prove it equal to Megatron.
 
 The model is Megatron's from its embedding to its output layer. Only the attention
-inside each layer is `TrainableAttention`, which also trains. As the proof, a second
-process runs the unchanged GPTModel, with Megatron's own attention on whole sequences,
+inside each layer is `CoreAttention`, which also trains. As the proof, a second process
+runs the unchanged GPTModel, with Megatron's own attention on whole sequences,
 and has to agree with every token that vLLM serves.
 
     python examples/offline_inference/custom_model_with_megatron.py
@@ -49,10 +49,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from vllm import LLM, ModelRegistry
-from vllm.model_executor.layers.trainable_attention import (
-    TrainableAttention,
-    packed_sequences,
-)
+from vllm.model_executor.layers.trainable_attention import packed_sequences
+from vllm.model_executor.layers.trainable_attention.megatron import CoreAttention
 from vllm.model_validation import validate
 
 CONFIG = {
@@ -68,32 +66,6 @@ CONFIG = {
 
 
 # ---- The model ----------------------------------------------------------------
-
-
-class CoreAttention(TrainableAttention):
-    """TrainableAttention with the interface of Megatron's core attention."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        softmax_scale: float | None = None,
-        **_: object,  # mask type and so on: this example has one kind
-    ) -> None:
-        tp_size = pg_collection.tp.size()
-        super().__init__(
-            num_heads=config.num_attention_heads // tp_size,
-            head_dim=config.kv_channels,
-            num_kv_heads=config.num_query_groups // tp_size,
-            scale=softmax_scale,
-            prefix=f"decoder.layers.{layer_number - 1}.self_attention.core_attention",
-        )
-
-    def forward(self, query, key, value, attention_mask=None, **_: object):
-        # Megatron's [tokens, batch=1, heads, head_dim] -> [tokens, 1, hidden / TP]
-        out = super().forward(query.squeeze(1), key.squeeze(1), value.squeeze(1))
-        return out.flatten(1).unsqueeze(1)
 
 
 class FlatGPTModel(GPTModel):

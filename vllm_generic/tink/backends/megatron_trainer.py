@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import ParallelConfig, VllmConfig
 from vllm.distributed import model_parallel_is_initialized
 from vllm.lora.adapter import Adapter
-from vllm.model_executor.layers import TrainableAttention
+from vllm.model_executor.layers.trainable_attention.megatron import CoreAttention
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm_generic.alone import make_groups_of_one
@@ -162,7 +162,7 @@ def _gpt_model(config: Any, groups: Any) -> Any:
         perform_initialization=False,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=is_qwen3)
-    spec.submodules.self_attention.submodules.core_attention = _CoreAttention
+    spec.submodules.self_attention.submodules.core_attention = CoreAttention
     return GPTModel(
         transformer_config,
         spec,
@@ -172,36 +172,3 @@ def _gpt_model(config: Any, groups: Any) -> Any:
         share_embeddings_and_output_weights=False,
         pg_collection=groups,
     )
-
-
-class _CoreAttention(TrainableAttention):
-    """TrainableAttention with the interface of Megatron's core attention."""
-
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        pg_collection: Any,
-        softmax_scale: float | None = None,
-        **_: object,  # mask type and so on: all layers have one kind
-    ) -> None:
-        ranks = pg_collection.tp.size()
-        super().__init__(
-            config.num_attention_heads // ranks,
-            config.kv_channels,
-            config.num_query_groups // ranks,
-            scale=softmax_scale,
-            prefix=f"decoder.layers.{layer_number - 1}.self_attention.core_attention",
-        )
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **_: object,
-    ) -> torch.Tensor:
-        # [tokens, batch=1, heads, head_dim] -> [tokens, 1, heads * head_dim]
-        out = super().forward(query.squeeze(1), key.squeeze(1), value.squeeze(1))
-        return out.flatten(1).unsqueeze(1)

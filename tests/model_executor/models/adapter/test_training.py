@@ -166,20 +166,62 @@ def test_activation_checkpointing_recomputes_with_the_same_kernel():
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("build", [plain, llama])
-def test_it_compiles_as_one_graph(build):
-    _, routed = pair(build)
+class Counting:
+    """A compiler, and how many calls of the training kernel are in its graphs."""
+
+    def __init__(self, compile_graph):
+        self.kernels = 0
+        self.compile_graph = compile_graph
+
+    def __call__(self, graph, inputs):
+        targets = [str(node.target) for node in graph.graph.nodes]
+        self.kernels += sum("packed_attention" in target for target in targets)
+        return self.compile_graph(graph, inputs)
+
+
+def inductor():
+    return Counting(torch._inductor.compile)
+
+
+def test_it_compiles_as_one_graph():
+    _, routed = pair(plain)
+    ids = torch.randint(VOCAB, (2, 40))
+    compiler = Counting(lambda graph, inputs: graph.forward)
+    compiled = torch.compile(
+        lambda ids: logits_of(routed, ids), backend=compiler, fullgraph=True
+    )
+    assert_computes_as(routed, compiled(ids), logits_of(routed, ids))
+    assert compiler.kernels == 2
+
+
+def test_layers_compile_as_one_graph_each():
+    """Transformers makes masks outside of its layers, where their values are read."""
+    _, routed = pair(llama)
     ids = torch.randint(VOCAB, (2, 40))
     expected = logits_of(routed, ids)
-    compiled = torch.compile(
-        lambda ids: logits_of(routed, ids), backend="aot_eager", fullgraph=True
-    )
-    found = compiled(ids)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    compiler = Counting(lambda graph, inputs: graph.forward)
+    for layer in routed.model.layers:
+        layer.compile(backend=compiler, fullgraph=True)
+    assert_computes_as(routed, logits_of(routed, ids), expected)
+    assert compiler.kernels >= 1  # both layers may have one graph
+
+
+@pytest.mark.slow
+def test_a_whole_model_of_transformers_compiles_around_its_masks():
+    _, routed = pair(llama)
+    ids = torch.randint(VOCAB, (2, 40))
+    compiler = Counting(lambda graph, inputs: graph.forward)
+    compiled = torch.compile(lambda ids: logits_of(routed, ids), backend=compiler)
+    assert_computes_as(routed, compiled(ids), logits_of(routed, ids))
+    assert compiler.kernels >= 1
+
+
+def assert_computes_as(module, found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        gradients(found.square().mean(), routed),
-        gradients(expected.square().mean(), routed),
-        rtol=1e-4,
+        gradients(found.square().mean(), module),
+        gradients(expected.square().mean(), module),
+        rtol=1e-3,
         atol=1e-6,
     )
 
@@ -206,6 +248,76 @@ def train_under_fsdp(context):
 
 def test_fully_shard(tmp_path):
     run_ranks(train_under_fsdp, tmp_path, data_parallel_size=2)
+
+
+def train_compiled_recomputed_and_sharded(context):
+    """All at once, on each layer: inductor, activation checkpointing and FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    alone = use_vllm_attention(llama())
+    torch.manual_seed(0)
+    model = use_vllm_attention(llama()).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiler = inductor()
+    for layer in model.model.layers:
+        layer.compile(backend=compiler)
+        fully_shard(layer)
+    fully_shard(model)
+    ids = torch.randint(VOCAB, (1, 24))
+    logits = logits_of(model, ids)
+    logits.square().mean().backward()
+    assert compiler.kernels  # one graph may be that of several layers
+    expected = logits_of(alone, ids)
+    torch.testing.assert_close(logits, expected)
+    wanted = gradients(expected.square().mean(), alone)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        found = parameter.grad.full_tensor()
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_inductor_checkpointing_and_fully_shard_at_once(tmp_path):
+    run_ranks(train_compiled_recomputed_and_sharded, tmp_path, data_parallel_size=2)
+
+
+def recompute_and_shard(context):
+    """What no compiler touches has the same bits, in a batch-invariant trainer."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    alone = use_vllm_attention(llama())
+    torch.manual_seed(0)
+    model = use_vllm_attention(llama()).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    ids = torch.randint(VOCAB, (1, 24))
+    with batch_invariant():
+        logits, expected = logits_of(model, ids), logits_of(alone, ids)
+        assert torch.equal(logits, expected)
+        logits.square().mean().backward()
+        wanted = gradients(expected.square().mean(), alone)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        assert torch.equal(parameter.grad.full_tensor(), gradient)
+
+
+def test_equal_bits_under_checkpointing_and_fully_shard(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    run_ranks(recompute_and_shard, tmp_path, data_parallel_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [plain, gemma2])
+def test_inductor_computes_what_eager_code_does(build):
+    _, routed = pair(build)
+    ids = torch.randint(VOCAB, (2, 40))
+    expected = logits_of(routed, ids)
+    compiler = inductor()
+    found = torch.compile(lambda ids: logits_of(routed, ids), backend=compiler)(ids)
+    assert_computes_as(routed, found, expected)
+    assert compiler.kernels == (0 if build is gemma2 else 2)
 
 
 def test_heads_that_no_kernel_has():

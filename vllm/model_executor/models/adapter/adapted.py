@@ -19,13 +19,13 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .adapter import Adapter
 from .call_forms import CannotBeCalledError, is_written_for_vllm
+from .calls import UnservableError
 from .full_forward import full_forward, stage_forward
 from .layers import SiteAttention
+from .library_attention import show_attention
 from .seen import Seen, run_routed, see
 from .sites import PathHooks
 from .tables import Tables
-from .transformers_attention import use_seen_attention
-from .trial import UnservableError
 
 
 class AdaptedModel:
@@ -161,7 +161,7 @@ def look(
             "start with pipeline_parallel_size=1."
         )
     model_config = vllm_config.model_config
-    use_seen_attention(module)
+    show_attention(module)
     training = module.training
     module.eval()
     try:

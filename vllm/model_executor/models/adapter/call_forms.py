@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from .stand_ins import unwatched
 
 # What the libraries call the argument that takes each token's place in its sequence.
 POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids")
@@ -19,6 +21,10 @@ POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids")
 LABELS = ("targets", "labels", "target")
 # What the libraries call the argument that takes embeddings in the place of tokens.
 EMBEDDINGS = "inputs_embeds"
+# A module of torchtitan's makes its masks by the first, and takes them as the second.
+MASKS = ("get_attention_masks", "attention_masks")
+# Masks that some libraries want to be given; None stands for a causal one.
+NO_MASKS = ("attention_mask",)
 # Where an output object or a dictionary has its logits, or else its hidden states.
 RESULTS = ("logits", "last_hidden_state", "hidden_states")
 
@@ -35,6 +41,7 @@ class CallForm:
         batched: Whether tokens are `[1, tokens]`, and not `[tokens]`.
         positions: The argument that takes positions; None if it has none.
         labels: The argument that takes labels, given the tokens themselves.
+        masks: Whether the module makes its masks of positions, beside its forward.
         constants: Further arguments, by name.
         function: Calls the module in its place, as `Adapter.forward`.
 
@@ -43,6 +50,7 @@ class CallForm:
     batched: bool
     positions: str | None = None
     labels: str | None = None
+    masks: bool = False
     constants: tuple[tuple[str, Any], ...] = ()
     function: Callable[..., Any] | None = None
 
@@ -62,6 +70,9 @@ class CallForm:
         keywords = dict(self.constants)
         if self.positions is not None:
             keywords[self.positions] = positions
+        if self.masks:
+            make, argument = MASKS
+            keywords[argument] = unwatched(getattr(module, make), positions)
         if embedded:
             return module(**{EMBEDDINGS: input_ids}, **keywords)
         if self.labels is not None:
@@ -85,6 +96,8 @@ class CallForm:
             arguments.append(f"{self.positions}={shape}")
         if self.labels is not None:
             arguments.append(f"{self.labels}=ids")
+        if self.masks:
+            arguments.append("{1}={0}(positions)".format(*MASKS))
         arguments += [f"{name}={value}" for name, value in self.constants]
         return f"forward({', '.join(arguments)})"
 
@@ -101,12 +114,20 @@ def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[Call
     names = list(parameters)
     if positions is None:
         positions = next((name for name in POSITIONS if name in names), None)
-    constants = (("use_cache", False),) if "use_cache" in names else ()
+    constants: list[tuple[str, Any]] = (
+        [("use_cache", False)] if "use_cache" in names else []
+    )
+    constants += [
+        (name, None)
+        for name in NO_MASKS
+        if name in names and parameters[name].default is inspect.Parameter.empty
+    ]
+    masks = hasattr(module, MASKS[0]) and MASKS[1] in names
     labels = labels_of(module)
     if labels is not None and parameters[labels].default is not inspect.Parameter.empty:
         labels = None
-    batched = CallForm(True, positions, labels, constants)
-    flat = CallForm(False, positions, labels, constants)
+    batched = CallForm(True, positions, labels, masks, tuple(constants))
+    flat = replace(batched, batched=False)
     if positions is None:
         yield from (batched, flat)
     elif is_written_for_vllm(module):
@@ -114,17 +135,20 @@ def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[Call
         yield from (flat, batched)
     else:
         # Some take positions only beside a KV cache of their own (litgpt).
-        yield from (batched, CallForm(True, None, labels, constants), flat)
+        yield from (batched, replace(batched, positions=None), flat)
 
 
 def is_written_for_vllm(module: nn.Module) -> bool:
-    """Whether forward wants positions as vLLM gives them, right after the tokens."""
+    """Whether forward wants tokens, then positions, and nothing else, as of vLLM."""
     parameters = list(inspect.signature(module.forward).parameters.values())
-    return (
-        len(parameters) > 1
-        and parameters[1].name in POSITIONS
-        and parameters[1].default is inspect.Parameter.empty
-    )
+    required = [
+        p.name
+        for p in parameters
+        if p.default is inspect.Parameter.empty
+        and p.kind
+        not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    ]
+    return len(required) == 2 and required[1] in POSITIONS
 
 
 def cannot_be_called(

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What an attention call asks for, read from the functions that models call."""
+"""What an attention call asks for, in one form for all functions that models call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import (
+    _is_torch_function_mode_enabled,
+    handle_torch_function,
+    has_torch_function,
+)
+
+
+class UnservableError(ValueError):
+    """What a module does that cannot be served; the message has the line."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,9 @@ class AttentionCall:
         soft_cap: Scores become `cap * tanh(score / cap)`.
         sinks: `[heads]`, scores that take part in the softmax without a value.
         dropout: Probability of dropping a weight; nothing is dropped in an engine.
+        cu_seqlens: int32 `[documents + 1]`, where documents begin and end among the
+            tokens of a batch of one, if the call says so.
+        unservable: What the call asks for beside, and nothing here can do.
         result: The function's result, of `[batch, heads, tokens, value_dim]`.
 
     """
@@ -43,7 +54,15 @@ class AttentionCall:
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
     dropout: float = 0.0
+    cu_seqlens: torch.Tensor | None = None
+    unservable: str | None = None
     result: Callable[[torch.Tensor], Any] = lambda out: out
+
+
+def is_watched(arguments: Sequence[Any]) -> bool:
+    """Whether a mode, or one of `arguments`, has to be told of a function's call."""
+    # While the compiler traces, the first forgets modes.
+    return has_torch_function(arguments) or _is_torch_function_mode_enabled()
 
 
 def attention(
@@ -69,7 +88,7 @@ def attention(
         `[batch, heads, tokens, value_dim]`
 
     """
-    if has_torch_function((query, key, value)):
+    if is_watched((query, key, value)):
         return handle_torch_function(
             attention,
             (query, key, value),
@@ -119,61 +138,6 @@ def attend_to_self(call: AttentionCall) -> torch.Tensor:
         parts.append(x.repeat_interleave(heads // x.shape[1], dim=1))
     value = call.value.repeat_interleave(heads // call.value.shape[1], dim=1)
     return value + parts[0] + parts[1]
-
-
-def _read_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    causal: bool = True,
-    **said: Any,
-) -> AttentionCall:
-    causal = causal and mask is None
-    return AttentionCall(query, key, value, mask, causal, scale, **said)
-
-
-def _read_sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.dim() == 3:  # [heads, tokens, head_dim]
-        q, k, v = (x[None] for x in (query, key, value))
-        return AttentionCall(
-            q,
-            k,
-            v,
-            attn_mask,
-            is_causal,
-            scale,
-            dropout=dropout_p,
-            result=lambda out: out[0],
-        )
-    return AttentionCall(
-        query, key, value, attn_mask, is_causal, scale, dropout=dropout_p
-    )
-
-
-READERS: dict[Any, Callable[..., AttentionCall]] = {
-    attention: _read_attention,
-    F.scaled_dot_product_attention: _read_sdpa,
-}
-"""How to read a call of each attention function that is known."""
-
-OTHERS: dict[Any, str] = {
-    F.multi_head_attention_forward: "torch.nn.MultiheadAttention",
-    torch._native_multi_head_attention: "torch.nn.MultiheadAttention",
-    torch._transformer_encoder_layer_fwd: "torch.nn.TransformerEncoderLayer",
-}
-"""Functions that attend inside, where their keys and values cannot be taken."""
 
 
 def name_of_function(func: Any) -> str:

@@ -12,9 +12,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.v1.attention.selector import get_attn_backend
 
-from .calls import AttentionCall
+from .calls import AttentionCall, UnservableError
 from .sites import Site
-from .trial import SeenAttention, UnservableError
+from .trial import SeenAttention
 
 # Sizes that one backend or another has beyond those of the model.
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

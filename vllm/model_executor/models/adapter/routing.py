@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .calls import READERS, AttentionCall, name_of_function
+from .calls import AttentionCall, UnservableError, name_of_function
+from .readers import READERS
 from .sites import Running, Site
 from .tables import Tables
-from .trial import Origin, UnservableError
+from .trial import Origin
 
 Attend = Callable[[AttentionCall], torch.Tensor]
 

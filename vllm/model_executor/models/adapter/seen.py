@@ -15,13 +15,13 @@ from vllm.sequence import IntermediateTensors
 
 from .adapter import Adapter
 from .call_forms import CallForm, cannot_be_called, tensor_of
-from .calls import attend_to_self
+from .calls import UnservableError, attend_to_self
 from .full_forward import own_forms
 from .head import Head, find_head
 from .routing import Attend, HiddenStatesReached, Routing
 from .sites import PathHooks, Running, Site, run_as
 from .tables import Tables
-from .trial import POSITIONS, TOKENS, Origin, SeenAttention, Trial, UnservableError
+from .trial import POSITIONS, TOKENS, Origin, SeenAttention, Trial
 
 # Numbers of tokens that hardly any axis of a parameter has.
 LENGTHS = (59, 53, 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7, 5)

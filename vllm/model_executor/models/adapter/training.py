@@ -20,13 +20,14 @@ from vllm.v1.attention.training.attend import attend, attend_present
 from vllm.v1.attention.training.kernel import AttentionParams
 
 from .adapter import Adapter
-from .calls import READERS, AttentionCall, name_of_function
+from .calls import AttentionCall, UnservableError, name_of_function
+from .flex import resolved
 from .layers import HEAD_SIZES
+from .library_attention import show_attention
 from .masks import Documents, UnknownMaskError, documents_of
+from .readers import READERS
 from .seen import see
 from .sites import line_of_model, running
-from .transformers_attention import use_seen_attention
-from .trial import UnservableError
 
 # By mask: its documents. A model gives one mask to all of its layers.
 _documents = WeakIdKeyDictionary()
@@ -74,7 +75,7 @@ def use_vllm_attention(
             f"{type(inner).__name__} is on the meta device, where nothing can be "
             "tried. Call use_vllm_attention once it has values."
         )
-    use_seen_attention(inner, always=True)
+    show_attention(inner, always=True)
     if vocab_size is None:
         vocab_size = _vocab_size(inner)
     training = inner.training
@@ -146,6 +147,12 @@ class _TrainingAttention(TorchFunctionMode):
         call = READERS[func](*args, **kwargs)
         if call.query.shape[-2] != call.key.shape[-2]:  # a cache of the module's own
             return func(*args, **kwargs)
+        call = resolved(call)
+        if call.unservable is not None:
+            raise UnservableError(
+                f"vLLM's training attention cannot follow it: {call.unservable}, at "
+                f"{line_of_model()}"
+            )
         repeats = self._repeats.get(name_of_function(func), 1)
         return call.result(attend_in_training(call, repeats))
 
@@ -188,7 +195,10 @@ def attend_in_training(call: AttentionCall, repeats: int = 1) -> torch.Tensor:
         deterministic=torch.are_deterministic_algorithms_enabled(),
         sinks=call.sinks,
     )
-    if documents.present is None or documents.cu_seqlens is None:
+    if call.cu_seqlens is not None:
+        cu_seqlens = call.cu_seqlens.to(torch.int32)
+        out = attend(q[0], k[0], v[0], params, cu_seqlens)[None]
+    elif documents.present is None or documents.cu_seqlens is None:
         out = attend(q, k, v, params)
     else:
         out = attend_present(q, k, v, params, documents.present, documents.cu_seqlens)

@@ -106,7 +106,25 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
     forward = running()
     if forward is None:
+        # Transformers skips such a mask, but not while the compiler of PyTorch before
+        # 2.14 traces. The values of a mask cannot be read there.
+        if torch.compiler.is_compiling() and _is_causal_alone(**kwargs):
+            return None
         return sdpa_mask(*args, **kwargs)
     if not forward.wants_masks:
         return None
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _is_causal_alone(
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> bool:
+    """Whether a mask with these arguments says nothing but that it is causal."""
+    shows_all = local_size is None or kv_length < local_size
+    no_padding = attention_mask is None and q_length == kv_length
+    return allow_is_causal_skip and shows_all and no_padding

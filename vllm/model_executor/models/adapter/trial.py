@@ -16,19 +16,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.parameters.layout import MARK
 
-from .calls import OTHERS, READERS, AttentionCall, attend_to_self, name_of_function
+from .calls import AttentionCall, UnservableError, attend_to_self, name_of_function
+from .flex import resolved
 from .masks import UnknownMaskError, window_of
+from .readers import OTHERS, READERS
 from .sites import Running, Site, line_of_model
+from .stand_ins import unseen_caller
 from .tables import Tables, sliced_axis
 
 # Marks of values that are computed from the tokens, or from given positions.
 TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
+# They write into their first argument, and return nothing.
+_WRITES = (torch.Tensor.__setitem__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)
-
-
-class UnservableError(ValueError):
-    """What a module does that cannot be served; the message has the line."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,21 @@ class Trial(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in OTHERS:
+        hidden = unseen_caller()
+        if func in OTHERS or hidden is not None:
             raise UnservableError(
-                f"{OTHERS[func]} attends inside, at {line_of_model()}; use "
+                f"{OTHERS.get(func, hidden)} attends inside, at {line_of_model()}; use "
                 "F.scaled_dot_product_attention, or TrainableAttention"
             )
         if func in READERS:
-            return self._attend(func, READERS[func](*args, **kwargs))
+            call = READERS[func](*args, **kwargs)
+            return self._attend(func, call, _tensors((args, kwargs)))
         site = self._site(func, args)
         result = func(*args, **kwargs)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        given = _tensors((args, kwargs))
         origins: frozenset[Any] = frozenset().union(*map(self.origins_of, given))
-        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        if result is None and given and func is torch.Tensor.__setitem__:
+        results = _tensors(result)
+        if result is None and given and func in _WRITES:
             results = given[:1]
         for tensor in results:
             self._set_origins(func, site, args, tensor, origins)
@@ -228,18 +231,31 @@ class Trial(TorchFunctionMode):
                     return True
         return False
 
-    def _attend(self, func: Any, call: AttentionCall) -> Any:
+    def _attend(self, func: Any, call: AttentionCall, given: list[torch.Tensor]) -> Any:
         site = self._at(name_of_function(func))
         self.attention[site] = self._seen(site, call)
         out = attend_to_self(call)
-        tensors = (call.query, call.key, call.value)
-        self._origins_of[out] = frozenset().union(*map(self.origins_of, tensors))
+        # A reader makes views of what was given, such as transposed ones.
+        attended = {_memory(x) for x in (call.query, call.key, call.value)}
+        sources = [self.origins_of(x) for x in given if _memory(x) in attended]
         result = call.result(out)
-        self._origins_of[result] = self._origins_of[out]
+        for tensor in _tensors(result):
+            self._origins_of[tensor] = frozenset().union(*sources)
         return result
 
     def _seen(self, site: Site, call: AttentionCall) -> SeenAttention:
         line = line_of_model()
+        call = resolved(call)
+        if call.unservable is not None:
+            raise UnservableError(
+                f"{site} cannot be served: {call.unservable}, at {line}"
+            )
+        documents = call.cu_seqlens
+        if documents is not None and documents.tolist() != [0, self._tokens]:
+            raise UnservableError(
+                f"{site} attends within the documents {documents.tolist()} where the "
+                f"module has one sequence of {self._tokens} tokens, at {line}"
+            )
         q, k, v = call.query, call.key, call.value
         batch, heads, queries, head_dim = q.shape
         keys = k.shape[-2]
@@ -304,6 +320,14 @@ class Trial(TorchFunctionMode):
             made = {id(self.head.output), *(id(call[3]) for call in self.head.tail)}
             if any(id(leaf) in made for leaf in tree_leaves((args, kwargs))):
                 self.head.tail.append((func, args, kwargs, result))
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def repeats_of(key: torch.Tensor, value: torch.Tensor) -> int:
