@@ -3,15 +3,22 @@
 """Modules that were moved: what they offered is found at their earlier paths, too."""
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 
 PUBLIC = {
+    "vllm.model_executor.layers.batch_invariant_training": [
+        "batch_invariant",
+        "token_log_probs",
+    ],
     "vllm.model_executor.layers.vocab_parallel_loss": [
         "vocab_parallel_cross_entropy",
         "vocab_parallel_logits",
         "vocab_parallel_token_log_probs",
     ],
+    "vllm.model_executor.model_loader.link_checkpoint": ["link_checkpoint", "main"],
     "vllm.model_executor.models.parallel_plan": [
         "HIDDEN_STATES",
         "STACKS",
@@ -49,3 +56,10 @@ def test_a_moved_module_forwards_every_public_name(path):
     for name in PUBLIC[path]:
         home = getattr(vars(module)[name], "__module__", None)
         assert home != path
+
+
+def test_the_design_lists_every_earlier_path():
+    design = Path(__file__).parents[1] / "docs" / "design.md"
+    _, _, after = design.read_text().partition("## Forwarded paths")
+    table, _, _ = after.partition("\n## ")
+    assert set(re.findall(r"^\| `(vllm[\w.]+)` \|", table, re.M)) == PUBLIC.keys()
