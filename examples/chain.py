@@ -160,7 +160,7 @@ def serve_and_reinforce(
     joints: Joints,
 ) -> None:
     held_out = problems(16, seed=10**6)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
     with ExitStack() as stack:
         url = ""
         if RANK == 0:
@@ -248,7 +248,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SUBJECTS, default="llama")
-    parser.add_argument("--pretrain-steps", type=int, default=90)
+    parser.add_argument("--pretrain-steps", type=int, default=70)
     parser.add_argument("--steps", type=int, default=10, help="of GRPO")
     parser.add_argument("--prompts", type=int, default=16, help="in a step")
     parser.add_argument("--n", type=int, default=8, help="answers to a prompt")

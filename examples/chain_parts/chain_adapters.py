@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from chain_logprobs import distance, farthest
 from chain_models import Subject
 from chain_servers import sample, served, started
-from chain_tasks import PROMPT, problems, reversed_digits, sorted_digits
+from chain_tasks import PROMPT, next_digits, problems, reversed_digits
 from peft import LoraConfig, get_peft_model
 from tinker import types
 from torch import nn
@@ -42,30 +42,30 @@ def by_tinker(directory: Path, steps: int, *options: str) -> Adapted:
             base_model="stock", rank=8
         ).result()
         for step in range(steps):
-            data = [_datum(p, sorted_digits(p)) for p in problems(16, seed=step)]
+            data = [_datum(p, next_digits(p)) for p in problems(16, seed=step)]
             passed = adapter.forward_backward(data, "cross_entropy")
-            adapter.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+            adapter.optim_step(types.AdamParams(learning_rate=5e-3)).result()
             loss = passed.result().metrics["loss:sum"] / (len(data) * PROMPT)
-        sorter = adapter.save_weights_and_get_sampling_client().result()
+        adapted = adapter.save_weights_and_get_sampling_client().result()
         base = client.create_sampling_client(base_model="stock").result()
         prompts = problems(HELD_OUT, seed=10**6)
         trained = adapter.forward(
-            [_datum(p, sorted_digits(p)) for p in prompts], "cross_entropy"
+            [_datum(p, next_digits(p)) for p in prompts], "cross_entropy"
         )
         worst = 0.0
         for prompt, output in zip(
             prompts, trained.result().loss_fn_outputs, strict=True
         ):
-            ids = types.ModelInput.from_ints(prompt + sorted_digits(prompt))
-            sampled = sorter.compute_logprobs(ids).result()[1:]
+            ids = types.ModelInput.from_ints(prompt + next_digits(prompt))
+            sampled = adapted.compute_logprobs(ids).result()[1:]
             ours = torch.tensor(output["logprobs"].data)
             worst = max(worst, distance(ours, sampled))
         answers = {
             name: [_greedy(sampler, prompt) for prompt in prompts]
-            for name, sampler in (("sorter", sorter), ("base", base))
+            for name, sampler in (("adapter", adapted), ("base", base))
         }
         client.close("success").result()
-    return Adapted(worst, _said(loss, prompts, answers["sorter"], answers["base"]))
+    return Adapted(worst, _said(loss, prompts, answers["adapter"], answers["base"]))
 
 
 def _datum(prompt: list[int], answer: list[int]) -> types.Datum:
@@ -91,42 +91,43 @@ def by_peft(
     config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
     adapted = get_peft_model(model, config)
     factors = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(factors, lr=5e-3, weight_decay=0.0)
     for step in range(steps):
         prompts = problems(16, seed=step)
-        tokens = torch.tensor([p + sorted_digits(p) for p in prompts])
+        tokens = torch.tensor([p + next_digits(p) for p in prompts])
         logits = subject.logits(adapted, tokens)[:, PROMPT - 1 : -1]
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, PROMPT:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    adapted.save_pretrained(directory / "sorter")
+    adapted.save_pretrained(directory / "adapter")
     options = ["--enable-lora", "--max-lora-rank=8"]
-    options += ["--lora-modules", f"sorter={directory / 'sorter'}"]
+    options += ["--lora-modules", f"adapter={directory / 'adapter'}"]
     with served(subject, directory, ranks, *options) as url:
         prompts = problems(HELD_OUT, seed=10**6)
         rows = {
             name: [sample(url, prompt, 1, 0.0, name)[0] for prompt in prompts]
-            for name in ("sorter", "stock")
+            for name in ("adapter", "stock")
         }
-    worst = farthest(subject, adapted, rows["sorter"])
+    worst = farthest(subject, adapted, rows["adapter"])
     with adapted.disable_adapter():
         worst = max(worst, farthest(subject, adapted, rows["stock"]))
-    sorts, reverses = ([row["answer"] for row in rows[n]] for n in ("sorter", "stock"))
-    return Adapted(worst, _said(float(loss), prompts, sorts, reverses))
+    answers = {name: [row["answer"] for row in found] for name, found in rows.items()}
+    says = _said(float(loss), prompts, answers["adapter"], answers["stock"])
+    return Adapted(worst, says)
 
 
 def _said(
     loss: float,
     prompts: list[list[int]],
-    sorts: list[list[int]],
-    reverses: list[list[int]],
+    adapters: list[list[int]],
+    bases: list[list[int]],
 ) -> str:
-    by_adapter = sum(sorted_digits(p) == a for p, a in zip(prompts, sorts, strict=True))
-    by_base = sum(
-        reversed_digits(p) == a for p, a in zip(prompts, reverses, strict=True)
-    )
+    """`adapters` and `bases` are the answers."""
+    pairs = zip(prompts, adapters, bases, strict=True)
+    right = [(next_digits(p) == a, reversed_digits(p) == b) for p, a, b in pairs]
+    by_adapter, by_base = (sum(column) for column in zip(*right, strict=True))
     return (
-        f"loss {loss:.2f}; {by_adapter} sorted by the adapter, "
-        f"{by_base} reversed by the base"
+        f"loss {loss:.2f}; right: {by_adapter} of {len(prompts)} by the adapter, "
+        f"{by_base} beside it by the base"
     )

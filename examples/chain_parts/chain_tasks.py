@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The chain's two tasks: to reverse five digits, and to sort them."""
+"""The chain's two tasks: to reverse five digits, and to add 1 to each as well."""
 
 from pathlib import Path
 
@@ -23,8 +23,9 @@ def reversed_digits(prompt: list[int]) -> list[int]:
     return [*reversed(prompt[:-1]), END]
 
 
-def sorted_digits(prompt: list[int]) -> list[int]:
-    return [*sorted(prompt[:-1]), END]
+def next_digits(prompt: list[int]) -> list[int]:
+    """Reversed, with 1 added to each; 0 comes after 9."""
+    return [*((digit + 1) % 10 for digit in reversed(prompt[:-1])), END]
 
 
 def reward(prompt: list[int], answer: list[int]) -> float:
