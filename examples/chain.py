@@ -173,7 +173,8 @@ def serve_and_reinforce(
 
         rows = [row for (row,) in sampled(held_out, 1, 1.0)]
         worst = largest(farthest(subject, model, rows))
-        joints.add("trainer → vllm serve", worst, "the files are loaded")
+        says = f"{args.pretrain_steps} steps of training, and the files are loaded"
+        joints.add("trainer → vllm serve", worst, says)
 
         sync = WeightSync(model, [url] if RANK == 0 else None)
         worst, rewards = 0.0, []
@@ -252,7 +253,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10, help="of GRPO")
     parser.add_argument("--prompts", type=int, default=16, help="in a step")
     parser.add_argument("--n", type=int, default=8, help="answers to a prompt")
-    parser.add_argument("--adapter-steps", type=int, default=60)
+    parser.add_argument("--adapter-steps", type=int, default=100)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the table there, too")

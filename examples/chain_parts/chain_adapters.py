@@ -113,7 +113,7 @@ def by_peft(
     with adapted.disable_adapter():
         worst = max(worst, farthest(subject, adapted, rows["stock"]))
     answers = {name: [row["answer"] for row in found] for name, found in rows.items()}
-    says = _said(float(loss), prompts, answers["adapter"], answers["stock"])
+    says = _said(loss.item(), prompts, answers["adapter"], answers["stock"])
     return Adapted(worst, says)
 
 
