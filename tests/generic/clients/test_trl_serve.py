@@ -107,7 +107,8 @@ def test_trl_serves_a_registered_model_with_adapters(tmp_path, register):
     port = get_open_port()
     command = [sys.executable, "-m", "trl.cli.main", "vllm-serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce_eager", "True"]
-    command += ["--max_model_len", "64", *options]
+    # "auto" is half precision for a model that a name or a directory registers
+    command += ["--max_model_len", "64", "--dtype", "float32", *options]
     command += ["--enable-lora", "--max-lora-rank", "8"]
     command += ["--lora-modules", f"mine={tmp_path / 'adapter'}"]
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
