@@ -105,7 +105,14 @@ def test_trl_serves_a_registered_model_with_adapters(tmp_path, register):
     module = adapted(model, tmp_path / "adapter")
     options, site = register(tmp_path, model)
     port = get_open_port()
-    command = [sys.executable, "-m", "trl.cli.main", "vllm-serve", "--model", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "trl.cli.main",
+        "vllm-serve",
+        "--model",
+        str(model),
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce_eager", "True"]
     # "auto" is half precision for a model that a name or a directory registers
     command += ["--max_model_len", "64", "--dtype", "float32", *options]
