@@ -5,21 +5,17 @@
 import ast
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from doc_blocks import DOCS, FENCE, ROOT
+from test_earlier_paths import PUBLIC
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted(DOCS.rglob("*.md"))
 MODULES = sorted((ROOT / "vllm").rglob("*.py"))
-FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 
 
 def page_id(page: Path) -> str:
@@ -30,11 +26,6 @@ def blocks(page: Path, language: str) -> list[str]:
     return [
         code for lang, _, code in FENCE.findall(page.read_text()) if lang == language
     ]
-
-
-def titled_blocks(page: Path) -> dict[str, str]:
-    """The code blocks that have a file name as their title."""
-    return {title: code for _, title, code in FENCE.findall(page.read_text()) if title}
 
 
 def dotted(path: Path) -> str:
@@ -149,6 +140,12 @@ def test_every_patch_is_in_the_design():
         "Edit the tables of patches in docs/design.md: they have to list "
         "patches/series.toml, in that order."
     )
+
+
+def test_every_earlier_path_is_in_the_design():
+    _, _, after = (DOCS / "design.md").read_text().partition("## Forwarded paths")
+    table, _, _ = after.partition("\n## ")
+    assert set(re.findall(r"^\| `(vllm[\w.]+)` \|", table, re.M)) == PUBLIC.keys()
 
 
 @pytest.mark.parametrize("picture", sorted((DOCS / "assets").glob("flow_*.svg")))
@@ -300,160 +297,3 @@ def test_hooks_fetch_nothing():
     config = (ROOT / ".pre-commit-config.yaml").read_text()
     repos = re.findall(r"^ *- repo: (\S+)", config, re.M)
     assert repos == ["local"], "Edit .pre-commit-config.yaml: local hooks only."
-
-
-# ---- The code blocks, run ------------------------------------------------------------
-
-# Serves MyModel by a factory, with options, and prints a continuation.
-SERVE = """
-import json, sys
-
-from vllm import LLM, ModelRegistry, SamplingParams
-
-if __name__ == "__main__":
-    module, capabilities, options = sys.argv[1], *map(json.loads, sys.argv[2:])
-    factory = __import__(module).build
-    ModelRegistry.register_model("MyModel", factory, **capabilities)
-    llm = LLM(model=".", dtype="float32", skip_tokenizer_init=True, **options)
-    params = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
-    prompt = {"prompt_token_ids": list(range(40))}
-    print(list(llm.generate(prompt, params)[0].outputs[0].token_ids))
-"""
-# Prints the same of the module itself, recomputed in full for every token.
-GREEDY = """
-import json
-from types import SimpleNamespace
-
-import torch
-from my_model import MyModel
-from safetensors.torch import load_file
-
-model = MyModel(SimpleNamespace(**json.load(open("config.json"))))
-model.load_state_dict(load_file("model.safetensors"))
-ids = list(range(40))
-for _ in range(12):
-    hidden = model(torch.tensor(ids), torch.arange(len(ids)))
-    ids.append(int(model.lm_head(hidden[-1]).argmax()))
-print(ids[40:])
-"""
-
-
-def write_blocks(page: Path, folder: Path) -> None:
-    for name, code in titled_blocks(page).items():
-        assert not (folder / name).exists(), f"Rename {name} in {page_id(page)}."
-        (folder / name).write_text(code)
-
-
-def run(folder: Path, *command: str, processes: bool = True) -> str:
-    """Run a program in `folder` and return the last line that it prints.
-
-    Its engine's processes are forked: they have imported vLLM already.
-    """
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)),
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-    }
-    completed = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    output = completed.stdout + completed.stderr
-    assert completed.returncode == 0, f"{' '.join(command)}:\n{output[-4000:]}"
-    return (completed.stdout.splitlines() or [""])[-1]
-
-
-@pytest.fixture(scope="module")
-def guide(tmp_path_factory) -> Path:
-    """A folder with the guide's programs, and the checkpoint that train.py saved."""
-    folder = tmp_path_factory.mktemp("guide")
-    for page in sorted((DOCS / "models").glob("*.md")):
-        write_blocks(page, folder)
-    (folder / "continue.py").write_text(SERVE)
-    (folder / "greedy.py").write_text(GREEDY)
-    run(folder, "train.py")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def continuation(guide) -> str:
-    """What the guide's model says, computed without vLLM."""
-    return run(guide, "greedy.py")
-
-
-def test_guide_trains(guide):
-    assert (guide / "model.safetensors").exists()
-
-
-def test_guide_trains_in_parallel(guide):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run(guide, *torchrun, "train_parallel.py")
-    assert (guide / "checkpoint/.metadata").exists()
-
-
-def test_the_ten_lines_of_the_readme_are_ten():
-    assert "in ten lines" in (ROOT / "README.md").read_text()
-    lines = titled_blocks(ROOT / "README.md")["serve.py"].split("\n")
-    assert len([line for line in lines if line]) == 10, "Edit serve.py in README.md."
-
-
-@pytest.mark.engine
-def test_readme_example(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    write_blocks(ROOT / "README.md", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    shapes = {f"attention.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-    shapes |= {"embedding.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
-    weights["lm_head.bias"] = torch.zeros(vocab)
-    save_file(weights, tmp_path / "model.safetensors")
-    words = {f"w{i}": i for i in range(vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-
-    serve = (tmp_path / "serve.py").read_text()
-    (tmp_path / "serve.py").write_text(serve.replace("path/to/model", "."))
-    assert re.fullmatch(r"(w\d+\s*)+", run(tmp_path, "serve.py").strip())
-
-
-@pytest.mark.engine
-def test_guide_serves_what_it_trained(guide):
-    run(guide, "serve.py", processes=False)  # its exit code is the report's
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize(
-    "module, capabilities, size",
-    [
-        ("dtensor", {}, "tensor_parallel_size"),
-        ("pipeline", {"supports_pp": True}, "pipeline_parallel_size"),
-    ],
-)
-def test_guide_in_parallel(guide, continuation, module, capabilities, size):
-    options = {size: 2, "enforce_eager": True}
-    arguments = (module, json.dumps(capabilities), json.dumps(options))
-    assert run(guide, "continue.py", *arguments) == continuation
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize(
-    "module, capabilities",
-    [
-        ("vllm_parallel", {}),
-        ("smallest", {"is_attention_free": True}),
-        ("plan_model", {}),
-    ],
-)
-def test_other_modules_of_the_docs_serve(guide, module, capabilities):
-    arguments = (module, json.dumps(capabilities), '{"load_format": "dummy"}')
-    served = run(guide, "continue.py", *arguments, processes=False)
-    assert len(json.loads(served)) == 12

@@ -7,11 +7,16 @@ import importlib
 import pytest
 
 PUBLIC = {
+    "vllm.model_executor.layers.batch_invariant_training": [
+        "batch_invariant",
+        "token_log_probs",
+    ],
     "vllm.model_executor.layers.vocab_parallel_loss": [
         "vocab_parallel_cross_entropy",
         "vocab_parallel_logits",
         "vocab_parallel_token_log_probs",
     ],
+    "vllm.model_executor.model_loader.link_checkpoint": ["link_checkpoint", "main"],
     "vllm.model_executor.models.parallel_plan": [
         "HIDDEN_STATES",
         "STACKS",

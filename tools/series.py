@@ -253,7 +253,8 @@ def own_package() -> list[str]:
 def new_tests() -> list[str]:
     """The files in tests/ that could be vLLM's: those of this repository stay here."""
     folders = ("tools", "examples", "generic")
-    stay = (*folders, "conftest.py", "test_docs.py", "test_modules.py")
+    docs = ("doc_blocks.py", "test_docs.py", "test_docs_run.py")
+    stay = (*folders, *docs, "conftest.py", "test_modules.py")
     return [name for name in _files("tests") if name.split("/")[1] not in stay]
 
 

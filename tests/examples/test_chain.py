@@ -13,11 +13,27 @@ PROGRAM = str(Path(__file__).parents[2] / "examples" / "chain.py")
 SMALL = ["--pretrain-steps=20", "--steps=2", "--prompts=4", "--n=4"]
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 @pytest.mark.engine
 @pytest.mark.slow
-def test_every_joint_holds(tmp_path):
+@pytest.mark.parametrize(
+    "launcher, options",
+    [
+        ([], []),
+        ([], ["--model=nanogpt"]),
+        ([], ["--model=megatron"]),
+        (TORCHRUN, ["--tensor-parallel-size=2"]),
+    ],
+    ids=["llama", "nanogpt", "megatron", "FSDP2 and TP=2"],
+)
+def test_every_joint_holds(tmp_path, launcher, options):
+    if "--model=megatron" in options:
+        pytest.importorskip("megatron.core")
+    small = [*SMALL, "--adapter-steps=3", "--json=joints.json"]
     done = subprocess.run(
-        [sys.executable, PROGRAM, *SMALL, "--adapter-steps=3", "--json=joints.json"],
+        [sys.executable, *launcher, PROGRAM, *small, *options],
         cwd=tmp_path,
         capture_output=True,
         text=True,

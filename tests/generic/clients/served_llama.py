@@ -28,8 +28,7 @@ def register() -> None:
     )
 
 
-def save(directory: Path, **options: Any) -> None:
-    """A Llama with random weights, in float32, and its tokenizer."""
+def save_tokenizer(directory: Path) -> None:
     vocabulary = {word: index for index, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -37,6 +36,11 @@ def save(directory: Path, **options: Any) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
     ).save_pretrained(directory)
+
+
+def save(directory: Path, **options: Any) -> None:
+    """A Llama with random weights, in float32, and its tokenizer."""
+    save_tokenizer(directory)
     sizes = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 64,
@@ -45,8 +49,8 @@ def save(directory: Path, **options: Any) -> None:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": 64,
-        "pad_token_id": vocabulary["<pad>"],
-        "eos_token_id": vocabulary["<eos>"],
+        "pad_token_id": VOCABULARY.index("<pad>"),
+        "eos_token_id": VOCABULARY.index("<eos>"),
         "bos_token_id": None,
     }
     torch.manual_seed(0)
