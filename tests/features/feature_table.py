@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Runs vLLM's features with one model in every form, beside vLLM's own class.
 
-    python tests/features/feature_table.py [--engine NAME] [--columns WORD]
+    python tests/features/feature_table.py [--engine NAME] [--columns PATTERN]
         [--dtype bfloat16] [--graphs] [--json RESULTS]
 
 Prints a table: «equal» where tokens are those of vLLM's class and log-probabilities
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -227,7 +228,7 @@ def titles_of(columns: list[Column]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=ENGINES, help="only what runs in this one")
-    parser.add_argument("--columns", default="", help="those with this in their title")
+    parser.add_argument("--columns", default="", help="pattern of their titles")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
     parser.add_argument("--graphs", action="store_true", help="compile, with graphs")
     parser.add_argument("--json", type=Path, help="keep the outcomes in this file")
@@ -242,7 +243,7 @@ def main() -> None:
         (column,) = (c for c in (NATIVE, *COLUMNS) if c.title == args.run)
         print(json.dumps(run_engine(column, args.engine, **how)), flush=True)
         return
-    columns = [c for c in COLUMNS if args.columns.lower() in c.title.lower()]
+    columns = [c for c in COLUMNS if re.search(args.columns, c.title)]
     rows = kept(args.json) if args.json else {}
     for engine in ENGINES if args.engine is None else [args.engine]:
         for name, cells in outcomes(engine, columns, **how).items():
