@@ -3,7 +3,8 @@
 """Tiny models in every form in which they can be served; the columns of the matrix.
 
 Most features are tried with a Llama. The other families have what a Llama lacks:
-sliding windows and soft caps (Gemma 2), attention sinks (gpt-oss).
+sliding windows and soft caps (Gemma 2), attention sinks (gpt-oss), and states beside
+attention: Mamba-2 (Bamba), a gated delta rule (Qwen3-Next), short convolutions (LFM2).
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     Gemma2Config,
     GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3NextConfig,
 )
 
 from vllm import ModelRegistry
+from vllm.model_executor.models.bamba import BambaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
+from vllm.model_executor.models.lfm2 import Lfm2ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen3_next import Qwen3NextForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from llama import Llama, LlamaShape  # noqa: E402
@@ -58,9 +65,11 @@ SIZES: dict[str, Any] = {
     "head_dim": SHAPE.head_dim,
     "vocab_size": VOCAB,
     "max_position_embeddings": LENGTH,
+    "pad_token_id": None,
+}
+WINDOWS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "sliding_window": 16,
-    "pad_token_id": None,
 }
 
 
@@ -81,6 +90,7 @@ class Family:
         return AutoModelForCausalLM.from_config(self.config())
 
 
+STATELESS = ("llama", "gemma2", "gpt_oss")
 FAMILIES = {
     "llama": Family(
         LlamaForCausalLM, lambda: LlamaConfig(**SHAPE.config("LlamaForCausalLM"))
@@ -89,6 +99,7 @@ FAMILIES = {
         Gemma2ForCausalLM,
         lambda: Gemma2Config(
             **SIZES,
+            **WINDOWS,
             query_pre_attn_scalar=SHAPE.head_dim,
             attn_logit_softcapping=2.0,
             final_logit_softcapping=10.0,
@@ -96,7 +107,40 @@ FAMILIES = {
     ),
     "gpt_oss": Family(
         GptOssForCausalLM,
-        lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+        lambda: GptOssConfig(
+            **SIZES, **WINDOWS, num_local_experts=4, num_experts_per_tok=2
+        ),
+    ),
+    "bamba": Family(
+        BambaForCausalLM,
+        lambda: BambaConfig(
+            **SIZES,
+            attn_layer_indices=[1],
+            mamba_n_heads=4,
+            mamba_d_head=32,
+            mamba_d_state=16,
+            mamba_chunk_size=16,
+        ),
+    ),
+    "qwen3_next": Family(
+        Qwen3NextForCausalLM,
+        lambda: Qwen3NextConfig(
+            **SIZES,
+            layer_types=["linear_attention", "full_attention"],
+            mlp_only_layers=[0, 1],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=32,
+            linear_value_head_dim=32,
+        ),
+    ),
+    "lfm2": Family(
+        Lfm2ForCausalLM,
+        lambda: Lfm2Config(
+            **SIZES,
+            layer_types=["conv", "full_attention"],
+            block_auto_adjust_ff_dim=False,
+        ),
     ),
 }
 
@@ -116,6 +160,16 @@ def plain(vllm_config: Any, parallel_context: Any) -> nn.Module:
 
 def vllm_layers(vllm_config: Any, parallel_context: Any) -> nn.Module:
     return family_of(vllm_config).native(vllm_config=vllm_config)
+
+
+def annotated(native: type[nn.Module]) -> Callable[..., nn.Module]:
+    """`vllm_layers` with a return annotation that names the class."""
+
+    def build(vllm_config: Any, parallel_context: Any) -> nn.Module:
+        return vllm_layers(vllm_config, parallel_context)
+
+    build.__annotations__["return"] = native
+    return build
 
 
 def megatron(vllm_config: Any, parallel_context: Any) -> nn.Module:
@@ -175,7 +229,7 @@ class Column:
 NATIVE = Column("vLLM's class", None)
 COLUMNS = [
     Column("a plain module", plain, families=("llama",)),
-    Column("Transformers' module, unchanged", transformers_module),
+    Column("Transformers' module, unchanged", transformers_module, families=STATELESS),
     Column("vLLM's layers", vllm_layers),
     Column(
         "a plan, TP = 2", transformers_module, {"tensor_parallel_size": 2}, slow=True
@@ -189,7 +243,10 @@ def save(folder: Path, column: Column, family: str, dtype: str, seed: int = 0) -
     architecture = FAMILIES[family].native.__name__
     if column.factory is not None:
         architecture = ARCHITECTURE
-        ModelRegistry.register_model(ARCHITECTURE, column.factory)
+        factory = column.factory
+        if factory is vllm_layers:  # vLLM asks the class about its states
+            factory = annotated(FAMILIES[family].native)
+        ModelRegistry.register_model(ARCHITECTURE, factory)
     model = FAMILIES[family].transformers()
     randomize(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -285,6 +285,9 @@ ENGINES = {
     ),
     "caps": Engine(family="gemma2"),
     "sinks": Engine(family="gpt_oss"),
+    "mamba": Engine(family="bamba"),
+    "delta": Engine(family="qwen3_next"),
+    "convolution": Engine(family="lfm2"),
     "decode context": Engine({"decode_context_parallel_size": 2}),
     "prefill context": Engine({"prefill_context_parallel_size": 2}),
 }
@@ -338,6 +341,9 @@ FEATURES = [
     Feature("logits processors", processed, "inputs"),
     Feature("sliding windows, soft caps", logprobs(logprobs=5), "caps"),
     Feature("sliding windows, attention sinks", logprobs(logprobs=5), "sinks"),
+    Feature("states: Mamba-2", logprobs(logprobs=5), "mamba"),
+    Feature("states: a gated delta rule", logprobs(logprobs=5), "delta"),
+    Feature("states: short convolutions", logprobs(logprobs=5), "convolution"),
     Feature("decode context parallelism", tokens(), "decode context", "context"),
     Feature("prefill context parallelism", tokens(), "prefill context", "context"),
 ]
