@@ -4,7 +4,8 @@
 
 Most features are tried with a Llama. The other families have what a Llama lacks:
 sliding windows and soft caps (Gemma 2), attention sinks (gpt-oss), and states beside
-attention: Mamba-2 (Bamba), a gated delta rule (Qwen3-Next), short convolutions (LFM2).
+attention: Mamba-2 (Falcon-H1), a gated delta rule (Qwen3-Next), short convolutions
+(LFM2).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BambaConfig,
+    FalconH1Config,
     Gemma2Config,
     GptOssConfig,
     Lfm2Config,
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 from vllm import ModelRegistry
-from vllm.model_executor.models.bamba import BambaForCausalLM
+from vllm.model_executor.models.falcon_h1 import FalconH1ForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
 from vllm.model_executor.models.lfm2 import Lfm2ForCausalLM
@@ -111,14 +112,14 @@ FAMILIES = {
             **SIZES, **WINDOWS, num_local_experts=4, num_experts_per_tok=2
         ),
     ),
-    "bamba": Family(
-        BambaForCausalLM,
-        lambda: BambaConfig(
+    "falcon_h1": Family(
+        FalconH1ForCausalLM,
+        lambda: FalconH1Config(
             **SIZES,
-            attn_layer_indices=[1],
             mamba_n_heads=4,
             mamba_d_head=32,
             mamba_d_state=16,
+            mamba_d_ssm=128,
             mamba_chunk_size=16,
         ),
     ),

@@ -285,7 +285,7 @@ ENGINES = {
     ),
     "caps": Engine(family="gemma2"),
     "sinks": Engine(family="gpt_oss"),
-    "mamba": Engine(family="bamba"),
+    "mamba": Engine(family="falcon_h1"),
     "delta": Engine(family="qwen3_next"),
     "convolution": Engine(family="lfm2"),
     "decode context": Engine({"decode_context_parallel_size": 2}),
