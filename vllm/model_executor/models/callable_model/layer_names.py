@@ -46,8 +46,7 @@ def names_of_its_own(vllm_config: VllmConfig, prefix: str) -> Iterator[dict[str,
         name: f"{prefix or DRAFT}.{name}" if name in known else name for name in built
     }
     for name, layer in built.items():
-        if names[name] != name:
-            _rename(layer, name, names)
+        _rename(layer, name, names)
         renamed[names[name]] = layer
     # In place: parts of vLLM may hold the table itself.
     known |= renamed
@@ -57,6 +56,12 @@ def names_of_its_own(vllm_config: VllmConfig, prefix: str) -> Iterator[dict[str,
 
 
 def _rename(layer: Any, name: str, names: dict[str, str]) -> None:
+    """Give `layer`, and the one whose KV cache it shares, their new names."""
+    shared = getattr(layer, "kv_sharing_target_layer_name", None)
+    if shared is not None:
+        layer.kv_sharing_target_layer_name = names[shared]
+    if names[name] == name:
+        return
     found = [a for a in ATTRIBUTES if getattr(layer, a, None) == name]
     if not found or names[name] in names:
         raise ValueError(
@@ -66,6 +71,3 @@ def _rename(layer: Any, name: str, names: dict[str, str]) -> None:
         )
     for attribute in found:
         setattr(layer, attribute, names[name])
-    shared = getattr(layer, "kv_sharing_target_layer_name", None)
-    if shared is not None:
-        layer.kv_sharing_target_layer_name = names[shared]
