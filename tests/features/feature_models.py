@@ -128,7 +128,11 @@ FAMILIES = {
         lambda: Qwen3NextConfig(
             **SIZES,
             layer_types=["linear_attention", "full_attention"],
-            mlp_only_layers=[0, 1],
+            mlp_only_layers=[0],
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
             linear_num_key_heads=2,
             linear_num_value_heads=2,
             linear_key_head_dim=32,
@@ -140,6 +144,7 @@ FAMILIES = {
         lambda: Lfm2Config(
             **SIZES,
             layer_types=["conv", "full_attention"],
+            conv_dim=SHAPE.hidden_size,
             block_auto_adjust_ff_dim=False,
         ),
     ),

@@ -68,7 +68,9 @@ def main(target: str, method: str, draft: str | None = None) -> None:
         )
         params = SamplingParams(temperature=0.0, max_tokens=40, logprobs=0)
         prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        outputs = [out.outputs[0] for out in llm.generate(prompts, params)]
+        outputs = [
+            out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)
+        ]
         metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     found = {
         "tokens": [list(out.token_ids) for out in outputs],

@@ -25,7 +25,7 @@ def answers(*args: str, invariant: bool = False) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, PROGRAM, *args],
         env=os.environ
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TQDM_DISABLE": "1"}
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         | ({"VLLM_BATCH_INVARIANT": "1"} if invariant else {}),
         capture_output=True,
         text=True,
