@@ -88,7 +88,9 @@ class Family:
     config: Callable[[], PretrainedConfig]
 
     def transformers(self) -> nn.Module:
-        return AutoModelForCausalLM.from_config(self.config())
+        # The engine's dtype, while it builds a model; the config's own is another one.
+        dtype = torch.get_default_dtype()
+        return AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
 
 
 STATELESS = ("llama", "gemma2", "gpt_oss")

