@@ -50,7 +50,7 @@ def main(target: str, method: str, draft: str | None = None) -> None:
         if method != "none":
             options = {"method": method, "num_speculative_tokens": 3}
         if method == "ngram":
-            options["prompt_lookup_max"] = 3
+            options |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
         if draft is not None:
             save_draft(folder / "draft", draft)
             options["model"] = str(folder / "draft")
