@@ -255,6 +255,7 @@ def save(folder: Path, column: Column, family: str, dtype: str, seed: int = 0) -
         if factory is vllm_layers:  # vLLM asks the class about its states
             factory = annotated(FAMILIES[family].native)
         ModelRegistry.register_model(ARCHITECTURE, factory)
+    torch.manual_seed(seed)  # of what `randomize` leaves, such as sinks
     model = FAMILIES[family].transformers()
     randomize(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
