@@ -291,7 +291,9 @@ ENGINES = {
     "mamba": Engine(family="falcon_h1"),
     "delta": Engine(family="qwen3_next"),
     "convolution": Engine(family="lfm2"),
-    "decode context": Engine({"decode_context_parallel_size": 2}),
+    "decode context": Engine(
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
+    ),
     "prefill context": Engine({"prefill_context_parallel_size": 2}),
 }
 
