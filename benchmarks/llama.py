@@ -231,6 +231,9 @@ class Llama(nn.Module):
             )
         self.shape = shape
 
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -2,10 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Runs vLLM's features with one model in every form, beside vLLM's own class.
 
-    python tests/features/feature_table.py [--engine NAME] [--columns WORD]
+    python tests/features/feature_table.py [--engine NAME] [--columns PATTERN]
+        [--dtype bfloat16] [--graphs] [--json RESULTS]
 
-Prints the table of docs/models/features.md: «equal» where tokens are those of vLLM's
-class and log-probabilities differ by at most 1e-4, else what differs or the refusal.
+Prints a table: «equal» where tokens are those of vLLM's class and log-probabilities
+differ by at most 1e-4, else what differs or the refusal. `--json` keeps the outcomes in
+a file, and adds to those of other engines and columns that it has. On a GPU, `--graphs`
+compiles and captures CUDA graphs.
+
+    python tests/features/feature_table.py --print RESULTS
+
+prints the table of kept outcomes, which docs/models/features.md has.
 """
 
 from __future__ import annotations
@@ -13,203 +20,79 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-TOLERANCE = 1e-4
 if __name__ == "__main__":  # before vllm is imported
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # no rounding to TF32
 
 import torch  # noqa: E402
-from feature_models import COLUMNS, LENGTH, NATIVE, VOCAB, Column, save  # noqa: E402
-
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.sampling_params import (  # noqa: E402
-    BeamSearchParams,
-    StructuredOutputsParams,
+from feature_models import (  # noqa: E402
+    COLUMNS,
+    LENGTH,
+    NATIVE,
+    Column,
+    save,
+    save_adapter,
+)
+from feature_rows import (  # noqa: E402
+    ENGINES,
+    FEATURES,
+    FOLDER,
+    Feature,
+    Result,
+    Subject,
 )
 
-SHORT, LONG = [1, 2, 3], [(7 * i * i + 3) % VOCAB for i in range(70)]
-PROMPTS = [SHORT, LONG, [9] * 11]
-Result = Any  # lists, dicts, numbers and texts
+import vllm  # noqa: E402
+from vllm import LLM  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+# Of log-probabilities, by dtype.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+TIMEOUT_S = 900
 
 
-def ids(*prompts: list[int]) -> list[Any]:
-    return [{"prompt_token_ids": prompt} for prompt in prompts or PROMPTS]
-
-
-def tokens(*prompts: list[int], **sampling: Any) -> Callable[[LLM], Result]:
-    """What is sampled; greedily, unless `sampling` says something else."""
-    params = {"temperature": 0.0, "max_tokens": 12, "detokenize": False} | sampling
-
-    def run(llm: LLM) -> Result:
-        # A request's own seed fails on a CPU if its prompt is read in chunks.
-        torch.manual_seed(1)
-        outputs = llm.generate(ids(*prompts), SamplingParams(**params), use_tqdm=False)
-        return [
-            [
-                (list(sample.token_ids), str(sample.stop_reason))
-                for sample in out.outputs
-            ]
-            for out in outputs
-        ]
-
-    return run
-
-
-def logprobs(**sampling: Any) -> Callable[[LLM], Result]:
-    """Of each sampled token, or of each of the prompt."""
-
-    def run(llm: LLM) -> Result:
-        params = SamplingParams(temperature=0.0, max_tokens=6, **sampling)
-        outputs = llm.generate(ids(), params, use_tqdm=False)
-        values = [out.prompt_logprobs or out.outputs[0].logprobs for out in outputs]
-        return [
-            {token: entry.logprob for token, entry in step.items()}
-            for steps in values
-            for step in steps
-            if step is not None
-        ]
-
-    return run
-
-
-def beams(llm: LLM) -> Result:
-    outputs = llm.beam_search(ids(), BeamSearchParams(beam_width=3, max_tokens=6))
-    return [
-        [(beam.tokens, beam.cum_logprob) for beam in out.sequences] for out in outputs
-    ]
-
-
-def cached_prefix(llm: LLM) -> Result:
-    """The second time, most of the prompt is in the cache."""
-    prompt = [5, *LONG, *LONG, *LONG[:40]]  # longer than a block of the cache
-    first = tokens(prompt)(llm)
-    params = SamplingParams(temperature=0.0, max_tokens=12, detokenize=False)
-    (again,) = llm.generate(ids(prompt), params, use_tqdm=False)
-    assert again.num_cached_tokens, "nothing was in the cache"
-    return [first, list(again.outputs[0].token_ids), again.num_cached_tokens]
-
-
-def embeddings(llm: LLM) -> Result:
-    return [out.outputs.embedding for out in llm.embed(ids(), use_tqdm=False)]
-
-
-def many(llm: LLM) -> Result:
-    """More than the KV cache holds at once."""
-    prompts = [[i + 1, *LONG[: 40 + i]] for i in range(6)]
-    return tokens(*prompts, max_tokens=40)(llm)
-
-
-def drafted(llm: LLM) -> Result:
-    return tokens([7, 8, 9] * 6, SHORT, max_tokens=24)(llm)
-
-
-ENGINES: dict[str, dict[str, Any]] = {
-    "default": {"enable_prefix_caching": True},
-    "async": {"async_scheduling": True},
-    "little cache": {"num_gpu_blocks_override": 3, "block_size": 128},
-    "fp8 cache": {"kv_cache_dtype": "fp8"},
-    "int8 cache": {"kv_cache_dtype": "int8_per_token_head"},
-    "n-gram": {
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-        }
-    },
-    "draft": {
-        "speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}
-    },
-    "pooling": {"runner": "pooling"},
-    "connector": {
-        "kv_transfer_config": {
-            "kv_connector": "ExampleConnector",
-            "kv_role": "kv_both",
-        }
-    },
-}
-
-
-@dataclass(frozen=True)
-class Feature:
-    """A row: how a feature is used, and what has to be equal."""
-
-    name: str
-    run: Callable[[LLM], Result]
-    engine: str = "default"
-
-
-COUNTRY = {"structured_outputs": StructuredOutputsParams(choice=["t5 t6", "t7"])}
-FEATURES = [
-    Feature("greedy decoding of a batch, chunked prefill", tokens()),
-    Feature("temperature", tokens(temperature=0.7)),
-    Feature("seeds of requests", tokens(SHORT, temperature=0.7, seed=3)),
-    Feature("top-k, top-p", tokens(temperature=1.0, top_k=9, top_p=0.9)),
-    Feature("several samples", tokens(SHORT, temperature=0.9, n=3)),
-    Feature("stop tokens", tokens(stop_token_ids=list(range(0, VOCAB, 5)))),
-    Feature("stop texts", tokens(stop=["t1", "t5"], detokenize=True)),
-    Feature("minimum of tokens", tokens(min_tokens=5, stop_token_ids=[*range(64)])),
-    Feature("bad words", tokens(bad_words=["t57", "t2", "t56"])),
-    Feature("logit bias", tokens(logit_bias={5: 9.0, 77: 9.0})),
-    Feature("allowed tokens", tokens(allowed_token_ids=[4, 5, 6])),
-    Feature("repetition penalty", tokens(repetition_penalty=1.3)),
-    Feature("presence and frequency penalties", tokens(presence_penalty=1.0)),
-    Feature("log-probabilities", logprobs(logprobs=5)),
-    Feature("log-probabilities of the prompt", logprobs(prompt_logprobs=3)),
-    Feature("beam search", beams),
-    Feature("structured output", tokens(SHORT, **COUNTRY, detokenize=True)),
-    Feature("prefix caching", cached_prefix),
-    Feature("async scheduling", tokens(), "async"),
-    Feature("preemption", many, "little cache"),
-    Feature("fp8 KV cache", tokens(), "fp8 cache"),
-    Feature("int8 KV cache", tokens(), "int8 cache"),
-    Feature("speculation by n-grams", drafted, "n-gram"),
-    Feature("speculation by a draft model", drafted, "draft"),
-    Feature("pooling", embeddings, "pooling"),
-    Feature("KV connector", tokens(LONG, LONG), "connector"),
-]
-
-
-def run_engine(column: Column, engine: str) -> dict[str, Result]:
+def run_engine(
+    column: Column, engine: str, dtype: str = "float32", graphs: bool = False
+) -> dict[str, Result]:
     """Each feature of `engine`, by name; `{"refused": ...}` where it is."""
     features = [feature for feature in FEATURES if feature.engine == engine]
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), column)
-        options = {**ENGINES[engine], **column.options}
-        if engine == "draft":
-            options["speculative_config"] = options["speculative_config"] | {
-                "model": folder
-            }
-        if engine == "connector":
-            storage = {"shared_storage_path": f"{folder}/kv"}
-            options["kv_transfer_config"] = options["kv_transfer_config"] | {
-                "kv_connector_extra_config": storage
-            }
+    setup = ENGINES[engine]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        save(folder, column, setup.family, dtype)
+        save(folder / "other", column, setup.family, dtype, seed=1)
+        if setup.family == "llama":
+            for seed in range(2):
+                save_adapter(folder / "adapters" / str(seed), column, seed)
+        options = with_folder({**setup.options, **column.options}, str(folder))
         llm = None
         try:
             llm = LLM(
-                folder,
-                dtype="float32",
+                str(folder),
+                dtype=dtype,
                 max_model_len=LENGTH,
                 max_num_batched_tokens=48,  # so that a prompt is read in chunks
                 max_num_seqs=4,
-                enforce_eager=True,
+                enforce_eager=not graphs,
                 kv_cache_memory_bytes=1 << 24,
                 disable_log_stats=True,
                 **options,
             )
-            return {feature.name: attempt(feature, llm) for feature in features}
+            subject = Subject(llm, folder)
+            return {feature.name: attempt(feature, subject) for feature in features}
         except Exception as error:  # noqa: BLE001 - the refusal is the result
             return {feature.name: refusal(error) for feature in features}
         finally:
@@ -218,22 +101,32 @@ def run_engine(column: Column, engine: str) -> dict[str, Result]:
             cleanup_dist_env_and_memory()
 
 
-def run_apart(column: Column, engine: str) -> dict[str, Result]:
+def with_folder(value: Any, folder: str) -> Any:
+    """`value` with the model's directory in the place of FOLDER."""
+    if isinstance(value, dict):
+        return {key: with_folder(entry, folder) for key, entry in value.items()}
+    return value.replace(FOLDER, folder) if isinstance(value, str) else value
+
+
+def run_apart(
+    column: Column, engine: str, dtype: str = "float32", graphs: bool = False
+) -> dict[str, Result]:
     """As `run_engine`, in a process of its own.
 
     vLLM's CPU platform cannot start a second engine in a process that has speculated.
     """
     command = [sys.executable, __file__, "--engine", engine, "--run", column.title]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command += ["--dtype", dtype, *["--graphs"] * graphs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         raise RuntimeError(f"{column.title}, {engine}: {done.stderr[-2000:]}")
     return json.loads(lines[-1])
 
 
-def attempt(feature: Feature, llm: LLM) -> Result:
+def attempt(feature: Feature, subject: Subject) -> Result:
     try:
-        return feature.run(llm)
+        return feature.run(subject)
     except Exception as error:  # noqa: BLE001 - as above
         return refusal(error)
 
@@ -242,16 +135,21 @@ def refusal(error: Exception) -> dict[str, str]:
     return {"refused": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def difference(wanted: Result, got: Result, where: str = "") -> str | None:
-    """The first place where they differ; numbers may by `TOLERANCE`."""
+def refused(result: Result) -> str | None:
+    """Why, or None."""
+    return result.get("refused") if isinstance(result, dict) else None
+
+
+def difference(
+    wanted: Result, got: Result, where: str = "", tolerance: float = 1e-4
+) -> str | None:
+    """The first place where they differ; numbers may by `tolerance`."""
     if isinstance(wanted, float) and isinstance(got, float):
-        near = abs(wanted - got) <= TOLERANCE or wanted == got  # both infinite
+        near = abs(wanted - got) <= tolerance or wanted == got  # both infinite
         return None if near else f"{where}: {wanted} is {got}"
     if isinstance(wanted, dict) and isinstance(got, dict):
         if wanted.keys() != got.keys():
-            return (
-                f"{where}: {list(wanted)} is {got if 'refused' in got else list(got)}"
-            )
+            return f"{where}: {list(wanted)} is {refused(got) or list(got)}"
         pairs = [(wanted[key], got[key], f"{where}.{key}") for key in wanted]
     elif isinstance(wanted, list | tuple) and isinstance(got, list | tuple):
         if len(wanted) != len(got):
@@ -262,37 +160,98 @@ def difference(wanted: Result, got: Result, where: str = "") -> str | None:
         ]
     else:
         return None if wanted == got else f"{where}: {wanted} is {got}"
-    return next((d for a, b, place in pairs if (d := difference(a, b, place))), None)
+    found = (difference(a, b, place, tolerance) for a, b, place in pairs)
+    return next(filter(None, found), None)
 
 
-def cell(wanted: Result, got: Result) -> str:
-    if isinstance(got, dict) and "refused" in got:
-        same = isinstance(wanted, dict) and wanted == got
-        return "as vLLM's" if same else f"refused: {got['refused']}"
-    return "equal" if difference(wanted, got) is None else "differs"
+def cell(wanted: Result, got: Result, tolerance: float) -> str:
+    """What the table says of one feature in one form."""
+    why = refused(got)
+    if why is not None:
+        return "refused alike" if refused(wanted) is not None else f"refused: {why}"
+    differs = difference(wanted, got, tolerance=tolerance)
+    return "equal" if differs is None else f"differs: {differs[:100]}"
+
+
+def outcomes(
+    engine: str, columns: list[Column], dtype: str, graphs: bool
+) -> dict[str, dict[str, str]]:
+    """Of each feature of `engine`, by column; vLLM's own class has one, too."""
+    wanted = run_apart(NATIVE, engine, dtype, graphs)
+    found = {}
+    for name, value in wanted.items():
+        why = refused(value)
+        found[name] = {NATIVE.title: "runs" if why is None else f"refused: {why}"}
+    for column in columns:
+        if ENGINES[engine].family not in column.families:
+            for cells in found.values():
+                cells[column.title] = "–"
+            continue
+        got = run_apart(column, engine, dtype, graphs)
+        for name, value in wanted.items():
+            text = cell(value, got[name], TOLERANCES[dtype])
+            found[name][column.title] = text
+    return found
+
+
+def table(rows: dict[str, dict[str, str]], titles: list[str]) -> str:
+    """Markdown: every row and column there is, also those that were not run."""
+    lines = ["| " + " | ".join(["Feature", *titles]) + " |"]
+    lines.append("| --- |" + " --- |" * len(titles))
+    for feature in FEATURES:
+        cells = rows.get(feature.name, {})
+        texts = [cells.get(title, "not run") for title in titles]
+        lines.append("| " + " | ".join([feature.name, *texts]) + " |")
+    return "\n".join(lines)
+
+
+def kept(path: Path) -> dict[str, dict[str, str]]:
+    return json.loads(path.read_text())["outcomes"] if path.exists() else {}
+
+
+def keep(path: Path, rows: dict[str, dict[str, str]], how: dict[str, Any]) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {
+        "date": date.today().isoformat(),
+        "device": device,
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
+        **how,
+    }
+    path.write_text(json.dumps({**about, "outcomes": rows}, indent=1) + "\n")
+
+
+def titles_of(columns: list[Column]) -> list[str]:
+    return [column.title for column in (NATIVE, *columns)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", help="only the features of this engine")
-    parser.add_argument("--columns", default="", help="those with this in their title")
+    parser.add_argument("--engine", choices=ENGINES, help="only what runs in this one")
+    parser.add_argument("--columns", default="", help="pattern of their titles")
+    parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
+    parser.add_argument("--graphs", action="store_true", help="compile, with graphs")
+    parser.add_argument("--json", type=Path, help="keep the outcomes in this file")
+    parser.add_argument("--print", type=Path, help="print what was kept, run nothing")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.print is not None:
+        print(table(kept(args.print), titles_of(COLUMNS)))
+        return
+    how = {"dtype": args.dtype, "graphs": args.graphs}
     if args.run is not None:
         (column,) = (c for c in (NATIVE, *COLUMNS) if c.title == args.run)
-        print(json.dumps(run_engine(column, args.engine)), flush=True)
+        print(json.dumps(run_engine(column, args.engine, **how)), flush=True)
         return
-    columns = [c for c in COLUMNS if args.columns.lower() in c.title.lower()]
-    print("| Feature |", " | ".join(c.title for c in columns), "|")
-    print("| --- |" + " --- |" * len(columns))
+    columns = [c for c in COLUMNS if re.search(args.columns, c.title)]
+    rows = kept(args.json) if args.json else {}
     for engine in ENGINES if args.engine is None else [args.engine]:
-        wanted = run_apart(NATIVE, engine)
-        got = [run_apart(column, engine) for column in columns]
-        for name, value in wanted.items():
-            cells = [cell(value, results[name]) for results in got]
-            if isinstance(value, dict) and "refused" in value:
-                name = f"{name} (vLLM's class: {value['refused']})"
-            print("|", " | ".join([name, *cells]), "|", flush=True)
+        for name, cells in outcomes(engine, columns, **how).items():
+            print(f"{engine}: {name}: {cells}", file=sys.stderr, flush=True)
+            rows[name] = rows.get(name, {}) | cells
+        if args.json:
+            keep(args.json, rows, how)
+    print(table(rows, titles_of(columns)))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from feature_models import COLUMNS, NATIVE, Column
-from feature_table import FEATURES, Feature, Result, difference, run_apart, run_engine
+from feature_rows import ENGINES, FEATURES, Feature, Result
+from feature_table import (
+    difference,
+    kept,
+    refused,
+    run_apart,
+    run_engine,
+    table,
+    titles_of,
+)
 
-# What is refused, and by which words. Everything else is equal.
-REFUSED: dict[tuple[str, str], str] = {}
-
+ROOT = Path(__file__).parents[2]
 BY_TITLE = {column.title: column for column in (NATIVE, *COLUMNS)}
 
 
@@ -29,6 +37,8 @@ def cases() -> list[Any]:
     found = []
     for feature in FEATURES:
         for column in COLUMNS:
+            if ENGINES[feature.engine].family not in column.families:
+                continue
             slow = column.slow or feature.engine != "default"
             marks = [pytest.mark.slow] if slow else []
             name = f"{column.title}: {feature.name}"
@@ -46,11 +56,11 @@ def test_equal_to_vllms_own_class(
         pytest.importorskip("megatron.core")
     wanted = run_once(NATIVE.title, feature.engine)[feature.name]
     got = run_once(column.title, feature.engine)[feature.name]
-    words = REFUSED.get((column.title, feature.name))
-    if words is not None:
-        assert words in got["refused"]
+    if feature.refused is not None and not torch.cuda.is_available():
+        assert feature.refused in str(refused(wanted))
+        assert feature.refused in str(refused(got))
         return
-    assert not (isinstance(wanted, dict) and "refused" in wanted), wanted
+    assert refused(wanted) is None, wanted
     assert difference(wanted, got) is None
 
 
@@ -61,3 +71,14 @@ def test_a_difference_is_found() -> None:
     assert difference(first, [[([1, 2], "None")], {5: -0.6}]) is not None
     assert difference(first, [[([1, 2], "None")], {6: -0.5}]) is not None
     assert difference(first, {"refused": "no"}) is not None
+
+
+def test_the_page_has_the_table_of_the_kept_results() -> None:
+    """Each row and column, also those that were not run."""
+    rows = kept(ROOT / "benchmarks/results/features-cpu.json")
+    page = (ROOT / "docs/models/features.md").read_text()
+    assert table(rows, titles_of(COLUMNS)) in page, (
+        "Put what `python tests/features/feature_table.py --print "
+        "benchmarks/results/features-cpu.json` prints into docs/models/features.md."
+    )
+    assert not {name for name in rows} - {feature.name for feature in FEATURES}

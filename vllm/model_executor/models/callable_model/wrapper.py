@@ -42,6 +42,7 @@ from .checks import (
     stage_input,
     warn_without_embeddings,
 )
+from .layer_names import names_of_its_own
 from .logits import check_logits, logits_function
 from .messages import describe
 from .precision import round_constants
@@ -97,21 +98,20 @@ class CallableModelWrapper(nn.Module):
         super().__init__()
         arch = self._registration.architecture
         registration = self._registration
-        known = vllm_config.compilation_config.static_forward_context
-        of_others = set(known)  # such as a draft model's target
-        module, self._constants, seen = build_module(
-            arch, registration.factory, vllm_config, prefix, registration.look
-        )
+        with names_of_its_own(vllm_config, prefix) as layers:
+            module, self._constants, seen = build_module(
+                arch, registration.factory, vllm_config, prefix, registration.look
+            )
+            self.adapted = registration.adapted(module, vllm_config, seen)
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
-        self.adapted = registration.adapted(module, vllm_config, seen)
         if self.adapted is not None:
             self.full_forward = self.adapted.full_forward
             # In a table of the wrapper's own: the module gets no new children.
-            layers = {ATTENTION_LAYERS: self.adapted.layers}
-            self.__dict__["_modules"] = {**module._modules, **layers}
+            attention = {ATTENTION_LAYERS: self.adapted.layers}
+            self.__dict__["_modules"] = {**module._modules, **attention}
 
         add_to_compile_hash(module, vllm_config)
 
@@ -151,7 +151,6 @@ class CallableModelWrapper(nn.Module):
         self._logits_seen = False
         self.attention_calls = AttentionCalls()
         self.was_tried = False
-        layers = {name: known[name] for name in known if name not in of_others}
         self._registration.check_built(module, layers, vllm_config, self._context)
         use_weight_sync(vllm_config)
         check_quantization(arch, module, vllm_config, self._context)
