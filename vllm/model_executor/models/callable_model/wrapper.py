@@ -100,7 +100,12 @@ class CallableModelWrapper(nn.Module):
         known = vllm_config.compilation_config.static_forward_context
         of_others = set(known)  # such as a draft model's target
         module, self._constants, seen = build_module(
-            arch, registration.factory, vllm_config, prefix, registration.look
+            arch,
+            registration.factory,
+            vllm_config,
+            prefix,
+            registration.look,
+            registration.plan_for,
         )
         # Not setattr: nn.Module would make it a child and prefix every name.
         self.__dict__["module"] = module
