@@ -126,9 +126,7 @@ def test_the_plans_of_transformers(serve, build, layout, monkeypatch):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "build", [plain, pytest.param(llama, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("build", [plain, pytest.param(llama, marks=pytest.mark.slow)])
 def test_a_plan_that_nobody_wrote(serve, build, monkeypatch):
     """Checked against the whole module, of which no rank has all weights."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")

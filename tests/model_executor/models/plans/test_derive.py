@@ -9,10 +9,10 @@ import transformers
 from plain_gpt import PlainConfig, PlainGPT
 from torch import nn
 
+from vllm.model_executor.models.adapter.seen import token_ids
 from vllm.model_executor.models.plans.auto import plan_of
 from vllm.model_executor.models.plans.dataflow import Flow
 from vllm.model_executor.models.plans.derive import _run_whole, derive_plan
-from vllm.model_executor.models.adapter.seen import token_ids
 from vllm.model_executor.parallel_context import ParallelContext
 
 VOCAB = 256
@@ -55,7 +55,10 @@ def test_llama_gets_the_plan_of_transformers():
     table = found.table(module).splitlines()
     assert len(table) == 9
     assert table[0].split() == [
-        "model.layers.*.self_attn.q_proj", "[64,", "64]", "colwise"
+        "model.layers.*.self_attn.q_proj",
+        "[64,",
+        "64]",
+        "colwise",
     ]
     four = plan(module, 4)
     assert "4 and 2 heads" in four.whole["model.layers.0.self_attn.q_proj"]

@@ -35,9 +35,7 @@ logger = init_logger(__name__)
 
 ModelFactory = Callable[..., nn.Module]
 Look = Callable[[nn.Module, VllmConfig, bool], Seen | None]
-PlanFor = Callable[
-    [nn.Module, VllmConfig, ParallelContext], Mapping[str, str] | None
-]
+PlanFor = Callable[[nn.Module, VllmConfig, ParallelContext], Mapping[str, str] | None]
 
 SIGNATURE = "factory(vllm_config, parallel_context) -> torch.nn.Module"
 

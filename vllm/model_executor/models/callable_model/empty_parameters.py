@@ -64,8 +64,8 @@ class NeedsValuesError(Exception):
 class EmptyParameters(TorchFunctionMode):
     """Moves each parameter to the meta device once a module of the factory has it.
 
-    Where the factory itself builds on the meta device, tensors are made on the real one,
-    so that what is no parameter has values.
+    Where the factory itself builds on the meta device, tensors are made on the real
+    one, so that what is no parameter has values.
 
     Only floating-point parameters that the factory makes itself are moved, and none of
     vLLM's layers, whose parameters are this rank's part already.
@@ -115,7 +115,9 @@ class EmptyParameters(TorchFunctionMode):
         given = _tensors((args, kwargs))
         empty = [tensor for tensor in given if tensor.is_meta]
         if empty and kwargs.get("generator") is not None:
-            raise NeedsValuesError("initial values are drawn from a generator of its own")
+            raise NeedsValuesError(
+                "initial values are drawn from a generator of its own"
+            )
         drawn_before = self._random_state()
         result = func(*args, **kwargs)
         drawn = not torch.equal(drawn_before, self._random_state())

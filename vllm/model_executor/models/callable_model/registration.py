@@ -123,8 +123,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         """
         if is_stage and not self.builds_stages:
             raise ValueError(
-                f"{self.architecture}: {type(module).__name__} has no pp_plan, by which "
-                "it could be cut into pipeline stages. Give it one, or start with "
+                f"{self.architecture}: {type(module).__name__} has no pp_plan, by "
+                "which it could be cut into pipeline stages. Give it one, or start with "
                 "pipeline_parallel_size=1; if the callable builds the stage of its "
                 "ParallelContext itself, register it with supports_pp=True."
             )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -41,7 +41,9 @@ class AutoPlan:
             rows[with_wildcards(module, name), shape, text] = None
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            )
             for row in rows
         )
 
@@ -149,23 +151,18 @@ def _divide_vocabulary(flow: Flow, ranks: int, plan: AutoPlan) -> None:
         None,
     )
     embedding = flow.embedding
-    found = {
-        name: layer
-        for name, layer in ((embedding, flow.embedding_layer), (head, None))
-        if name is not None
-    }
-    tied = head is not None and head in flow.tied
-    if tied and embedding is None:
-        return
-    sizes: Iterable[int] = [
-        *([flow.embedding_layer.num_embeddings] if flow.embedding_layer else []),
-        *([flow.linears[head].out_features] if head is not None else []),
-    ]
-    if any(size % ranks for size in sizes):
-        for name in found:
-            plan.whole[name] = f"whole: {ranks} ranks do not divide the vocabulary"
-        return
-    if embedding is not None and (head is None or tied or not flow.tied):
-        plan.styles[embedding] = "rowwise"
+    sizes: dict[str, int] = {}
+    styles: dict[str, str] = {}
     if head is not None:
-        plan.styles[head] = "colwise_rep"
+        sizes[head] = flow.linears[head].out_features
+        styles[head] = "colwise_rep"
+    if embedding is not None and flow.embedding_layer is not None:
+        sizes[embedding] = flow.embedding_layer.num_embeddings
+        styles[embedding] = "rowwise"
+    if flow.tied and (head not in flow.tied or embedding is None):
+        return  # both are one parameter, and only one of them can be divided
+    if any(size % ranks for size in sizes.values()):
+        why = f"whole: {ranks} ranks do not divide the vocabulary"
+        plan.whole |= dict.fromkeys(sizes, why)
+        return
+    plan.styles |= styles

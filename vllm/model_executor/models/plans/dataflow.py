@@ -170,9 +170,9 @@ class Watch(TorchFunctionMode):
             gives = self._attention(flow, READERS[func](*args, **kwargs))
         else:
             gives = sources | self._other(flow, func, weights, sources)
-            if func in (torch.chunk, torch.Tensor.chunk) and len(sources) == 1:
-                if (args[1] if len(args) > 1 else kwargs.get("chunks")) == 2:
-                    flow.halved |= sources
+            chunks = args[1] if len(args) > 1 else kwargs.get("chunks")
+            if func in (torch.chunk, torch.Tensor.chunk) and chunks == 2:
+                flow.halved |= sources
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._sources[tensor] = frozenset(gives)
@@ -212,9 +212,9 @@ class Watch(TorchFunctionMode):
             if not isinstance(part, nn.Embedding):
                 continue
             plain = type(part).forward is nn.Embedding.forward or calls_embedding(part)
-            if plain and torch.equal(ids.flatten(), self._tokens):
-                if part.num_embeddings >= flow.vocab_size:
-                    flow.embedding, flow.embedding_layer = path, part
+            whole = part.num_embeddings >= flow.vocab_size
+            if plain and whole and torch.equal(ids.flatten(), self._tokens):
+                flow.embedding, flow.embedding_layer = path, part
             flow.others.setdefault(path, "an embedding")
         return {f"{OTHER}{paths[0]}"}
 

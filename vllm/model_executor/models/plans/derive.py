@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Finds `tp_plan="auto"`, and proves it: the ranks together give what one rank gives."""
+"""`tp_plan="auto"`, derived and proven: all ranks give together what one gives."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def derive_plan(
                 plan.table(module),
             )
             return plan.styles
-        logger.info_once("%s is not divided by %s: %s", kind_of(module), groups, problem)
+        logger.info_once(
+            "%s is not divided by %s: %s", kind_of(module), groups, problem
+        )
     plan = plan_of(flow, ranks, ())
     for other in reversed(tried):
         plan.whole |= dict.fromkeys(other.styles, "whole: the parts do not add up")
@@ -167,9 +169,7 @@ def _copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _run(
-    module: nn.Module, watch: Watch, form: Any, ids: torch.Tensor
-) -> torch.Tensor:
+def _run(module: nn.Module, watch: Watch, form: Any, ids: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(len(ids), device=ids.device)
     with torch.no_grad(), watch:
         watch.mark_tokens(ids)
