@@ -23,7 +23,7 @@ from vllm.model_executor.layers.tree_linear import layout_invariant
 from vllm.model_executor.models.adapter.adapted import AdaptedModel, look
 from vllm.model_executor.models.adapter.adapter import Adapter
 from vllm.model_executor.models.adapter.seen import Seen
-from vllm.model_executor.models.plans.derive import derive_plan
+from vllm.model_executor.models.derived_plan.derive import derive_plan
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.models.registry import (
     _BaseRegisteredModel,
@@ -124,9 +124,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         if is_stage and not self.builds_stages:
             raise ValueError(
                 f"{self.architecture}: {type(module).__name__} has no pp_plan, by "
-                "which it could be cut into pipeline stages. Give it one, or start with "
-                "pipeline_parallel_size=1; if the callable builds the stage of its "
-                "ParallelContext itself, register it with supports_pp=True."
+                "which it could be cut into pipeline stages. Give it one, or start "
+                "with pipeline_parallel_size=1; if the callable builds the stage of "
+                "its ParallelContext itself, register it with supports_pp=True."
             )
         model_cls = self.load_model_cls()
         knows_vllm = any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER)

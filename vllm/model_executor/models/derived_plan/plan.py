@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from vllm.model_executor.models.plans.dataflow import ATTENTION, OUTPUT, Flow, is_layer
+from vllm.model_executor.models.derived_plan.flow import (
+    ATTENTION,
+    OUTPUT,
+    Flow,
+    is_layer,
+)
 from vllm.model_executor.models.plans.patterns import with_wildcards
 
 # What may be divided by itself, in the order in which it is given up.

@@ -10,9 +10,9 @@ from plain_gpt import PlainConfig, PlainGPT
 from torch import nn
 
 from vllm.model_executor.models.adapter.seen import token_ids
-from vllm.model_executor.models.plans.auto import plan_of
-from vllm.model_executor.models.plans.dataflow import Flow
-from vllm.model_executor.models.plans.derive import _run_whole, derive_plan
+from vllm.model_executor.models.derived_plan.derive import _run_whole, derive_plan
+from vllm.model_executor.models.derived_plan.flow import Flow
+from vllm.model_executor.models.derived_plan.plan import plan_of
 from vllm.model_executor.parallel_context import ParallelContext
 
 VOCAB = 256

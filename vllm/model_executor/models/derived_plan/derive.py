@@ -19,8 +19,8 @@ from vllm.model_executor.models.adapter.seen import token_ids
 from vllm.model_executor.models.adapter.transformers_attention import (
     use_seen_attention,
 )
-from vllm.model_executor.models.plans.auto import GROUPS, AutoPlan, plan_of
-from vllm.model_executor.models.plans.dataflow import Flow, Watch, values_of
+from vllm.model_executor.models.derived_plan.flow import Flow, Watch, values_of
+from vllm.model_executor.models.derived_plan.plan import GROUPS, AutoPlan, plan_of
 from vllm.model_executor.models.plans.patterns import kind_of
 from vllm.model_executor.models.plans.styles import match_styles
 from vllm.model_executor.models.plans.tensor import divide, match_splits

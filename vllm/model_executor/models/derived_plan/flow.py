@@ -163,7 +163,7 @@ class Watch(TorchFunctionMode):
         weights = [t for t in given if id(t) in self._names]
         sources = self._sources_of([t for t in given if id(t) not in self._names])
         if func is F.linear and weights and weights[0] is args[1]:
-            gives = self._linear(flow, weights[0], sources)
+            gives: frozenset[str] | set[str] = self._linear(flow, weights[0], sources)
         elif func is F.embedding:
             gives = self._embedding(flow, args, kwargs)
         elif func in READERS:
@@ -224,7 +224,8 @@ class Watch(TorchFunctionMode):
         for part in parts:
             flow.take(this, part)
         sizes = (call.query.shape[1], call.query.shape[-1], call.value.shape[-1])
-        flow.attention.append(Attention(*parts, *sizes))
+        query, key, value = parts
+        flow.attention.append(Attention(query, key, value, *sizes))
         return {this}
 
     def _other(
