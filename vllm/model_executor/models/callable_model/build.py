@@ -47,6 +47,7 @@ def build_module(
     prefix: str,
     look: Look | None = None,
     plan_for: PlanFor | None = None,
+    keep_values: bool = False,
 ) -> tuple[nn.Module, list[tuple[nn.Module, str]], Seen | None]:
     """Call the registered factory, check what it returned, and apply its plans.
 
@@ -57,6 +58,8 @@ def build_module(
         prefix: Of the names of the model's layers in the engine.
         look: Sees what a module does, by a trial; told whether it is one stage of
             several. Default: nothing is tried.
+        keep_values: Parameters keep the values that the factory gives them. Else they
+            are NaN until they are loaded, if nothing else depends on them.
         plan_for: The `tp_plan` in the place of a module's own, if it has one to give.
 
     Returns:
@@ -77,9 +80,12 @@ def build_module(
     built = _Call(lambda: factory(vllm_config, context, **keywords), dtype, narrow)
     try:
         with time_limit(task):
-            module, precision = _without_values(
-                built, architecture, vllm_config, context
-            )
+            if keep_values:
+                module, precision = built()
+            else:
+                module, precision = _without_values(
+                    built, architecture, vllm_config, context
+                )
             if isinstance(module, nn.Module):
                 module = unwrap(module)
                 check_same_on_all_ranks(architecture, module, context)

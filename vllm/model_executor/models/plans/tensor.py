@@ -45,7 +45,8 @@ def calls_embedding(part: nn.Module) -> bool:
     if not {"super", "forward"} <= set(names):
         return False
     weight = part.weight.detach()
-    if weight.is_meta:  # its buffers are not, and one call has one device
+    if weight.is_meta and not any(buffer.is_meta for buffer in part.buffers()):
+        # One call has one device.
         weight = torch.empty_like(weight, device=torch.get_default_device())
     uses = _Uses(weight)
     token = torch.zeros(1, dtype=torch.long, device=weight.device)
