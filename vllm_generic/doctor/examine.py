@@ -292,7 +292,7 @@ def _build(architecture: str, factory: Any, config: VllmConfig) -> nn.Module:
     dtype = cast(torch.dtype, config.model_config.dtype)
     device = cast(torch.device, config.device_config.device)
     with set_default_torch_dtype(dtype), device:
-        return build_module(architecture, factory, config, "")[0]
+        return build_module(architecture, factory, config, "", keep_values=True)[0]
 
 
 def said(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.previous_tokens import PreviousTokens
 from vllm.model_executor.layers.trainable_attention.kv_caches import trainable_layers
 from vllm.model_executor.models.adapter.adapted import AdaptedModel
 from vllm.model_executor.models.callable_model.logits import logits_function
+from vllm.model_executor.models.callable_model.wrapper import CallableModelWrapper
 from vllm.model_executor.models.self_check.trace import engine_halves
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.load import weights_of
@@ -54,7 +55,7 @@ class Built:
     module: nn.Module
     adapted: AdaptedModel | None
     vllm_config: VllmConfig
-    model_cls: type[nn.Module]
+    model_cls: type[CallableModelWrapper]
     tensor_parallel_size: int
     pipeline_parallel_size: int
 
@@ -377,7 +378,7 @@ def _tensor_parallelism(built: Built, report: Report) -> None:
 def _pipeline_parallelism(built: Built, report: Report) -> None:
     subject, asked = "pipeline parallel", built.pipeline_parallel_size
     otherwise: State = "refused" if asked > 1 else "note"
-    declared = built.declares("supports_pp")
+    declared = built.model_cls._registration.builds_stages
     if not has_plan(built.module, "pp_plan", built.vllm_config):
         if declared:
             text = "It is declared: the factory builds each stage."
@@ -399,15 +400,4 @@ def _pipeline_parallelism(built: Built, report: Report) -> None:
         report.add(subject, otherwise, f"In {stages} stages: {error}")
         return
     text = ", ".join(gigabytes(size) for size in sizes)
-    text = f"By its pp_plan, in {stages} stages: {text}."
-    if declared:
-        report.add(subject, "ok", text)
-    else:
-        report.add(
-            subject,
-            otherwise,
-            f"{text} It has to be declared, because vLLM asks before the module is "
-            "built.",
-            "supports_pp=True in register_model, or the module's class as the "
-            "factory's return annotation",
-        )
+    report.add(subject, "ok", f"By its pp_plan, in {stages} stages: {text}.")

@@ -99,7 +99,8 @@ class TestRegistration:
         info = ModelRegistry.models["TinyModel"].inspect_model_cls()
         assert info.architecture == "TinyModel"
         assert info.is_text_generation_model
-        assert not (info.supports_pp or info.is_pooling_model)
+        assert info.supports_pp  # perhaps by a pp_plan, which the module will show
+        assert not info.is_pooling_model
         assert not (info.supports_multimodal or info.is_attention_free)
 
     @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ class TestTransport:
         self, monkeypatch, tmp_path
     ):
         (tmp_path / "declared.py").write_text(
-            "from torch import nn\nclass M(nn.Module):\n    supports_pp = True\n"
+            "from torch import nn\nclass M(nn.Module):\n    is_pooling_model = True\n"
         )
         (tmp_path / "named.py").write_text(
             "import declared\ndef build(c, p) -> declared.M: ...\n"
@@ -292,14 +293,14 @@ class TestTransport:
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
         model = _NamedRegisteredModel("named", "build", "First")
         other = _NamedRegisteredModel("named", "other", "Second")
-        assert model.inspect_model_cls().supports_pp
-        assert not other.inspect_model_cls().supports_pp
+        assert model.inspect_model_cls().is_pooling_model
+        assert not other.inspect_model_cls().is_pooling_model
         assert "named" not in sys.modules  # another process asked it
         (tmp_path / "declared.py").write_text(
             "from torch import nn\nclass M(nn.Module):\n    is_attention_free = True\n"
         )
         info = model.inspect_model_cls()
-        assert info.is_attention_free and not info.supports_pp
+        assert info.is_attention_free and not info.is_pooling_model
         assert info.architecture == "First"
 
     def test_what_was_replaced_is_not_kept(self, model_dir):
@@ -473,6 +474,11 @@ class TestBadInput:
 
     def test_pipeline_parallelism_undeclared(self, start):
         ModelRegistry.register_model("TinyModel", build)
+        with pytest.raises(RuntimeError, match="no pp_plan.*with supports_pp=True"):
+            start(pipeline_parallel_size=2)
+
+    def test_pipeline_parallelism_declined(self, start):
+        ModelRegistry.register_model("TinyModel", build, supports_pp=False)
         with pytest.raises(NotImplementedError, match="with `supports_pp=True`"):
             start(pipeline_parallel_size=2)
 

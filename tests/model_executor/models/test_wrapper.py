@@ -332,6 +332,7 @@ def test_a_module_is_tried_once(wrap):
 
 def test_constants_stay_in_float32(wrap):
     model = wrap(Rotary, dtype=torch.bfloat16)
+    model.load_state_dict(Rotary().state_dict())
     model.process_weights_after_loading()
     assert torch.equal(model.table, Rotary().table)
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -339,6 +340,7 @@ def test_constants_stay_in_float32(wrap):
 
 def test_constants_that_are_added_to_activations_are_rounded(wrap):
     model = wrap(Sinusoidal, dtype=torch.bfloat16)
+    model.load_state_dict(Sinusoidal().state_dict())
     model.process_weights_after_loading()
     assert torch.equal(model.table, Sinusoidal().table.bfloat16())
     assert model.module.table is model.table

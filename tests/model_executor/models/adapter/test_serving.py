@@ -36,6 +36,10 @@ def call_with_labels(module, input_ids, positions):
     return module(input_ids, targets=input_ids)
 
 
+def parameters_of(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.fixture
 def serve(start, tmp_path):
     def served(build, **options):
@@ -108,7 +112,7 @@ def test_the_plans_of_transformers(serve, build, layout, monkeypatch):
     """Divided and cut as they come; every stage attends to its own layers only."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     factory = lambda config, context: build()  # noqa: E731 - by value
-    ModelRegistry.register_model("Unchanged", factory, supports_pp=True)
+    ModelRegistry.register_model("Unchanged", factory)
     llm, module = serve(build, **layout)
     assert_same(llm, module)
     found = llm.apply_model(heads_of_sites)
@@ -119,6 +123,20 @@ def test_the_plans_of_transformers(serve, build, layout, monkeypatch):
     else:
         of_stages = [[(f"model.layers.{i}.self_attn", heads) for i in range(2)]]
     assert {tuple(rank) for rank in found} == {tuple(stage) for stage in of_stages}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("build", [plain, pytest.param(llama, marks=pytest.mark.slow)])
+def test_a_plan_that_nobody_wrote(serve, build, monkeypatch):
+    """Checked against the whole module, of which no rank has all weights."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    factory = lambda config, context: build()  # noqa: E731 - by value
+    ModelRegistry.register_model("Unchanged", factory, tp_plan="auto")
+    llm, module = serve(build, **TP)
+    assert_same(llm, module)
+    sizes = llm.apply_model(parameters_of)
+    assert len(sizes) == 2
+    assert all(size < sum(p.numel() for p in module.parameters()) for size in sizes)
 
 
 @pytest.mark.engine
@@ -137,7 +155,7 @@ def test_stages_need_a_plan(start, tmp_path):
     config = SHAPE | {"architectures": ["Unchanged"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     factory = lambda config, context: plain()  # noqa: E731 - by value
-    ModelRegistry.register_model("Unchanged", factory, supports_pp=True)
+    ModelRegistry.register_model("Unchanged", factory)
     with pytest.raises(Exception, match="no pp_plan"):
         start(model=str(tmp_path), pipeline_parallel_size=2)
 

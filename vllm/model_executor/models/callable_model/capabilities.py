@@ -90,7 +90,8 @@ STATES = (
 CAPABILITIES = (
     Capability(
         "supports_pp",
-        "pipeline parallelism: the callable builds a stage",
+        "pipeline parallelism: the callable builds a stage. A module with a `pp_plan` "
+        "needs no declaration",
         at_start="`forward` of a later stage takes `inputs_embeds` or "
         "`intermediate_tensors`",
     ),

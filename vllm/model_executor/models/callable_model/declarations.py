@@ -78,6 +78,20 @@ def check_capabilities(
             )
 
 
+def check_tp_plan(architecture: str, plan: Any) -> None:
+    """Check the form of a `tp_plan` that was given with a callable.
+
+    Raises:
+        TypeError: it is neither a plan nor "auto".
+
+    """
+    if plan is not None and plan != "auto" and not isinstance(plan, Mapping):
+        raise TypeError(
+            f"{architecture}: tp_plan is {plan!r}; expected 'auto', or a dictionary "
+            "with names of modules as keys."
+        )
+
+
 def check_class(
     architecture: str,
     attributes: Mapping[str, Any],

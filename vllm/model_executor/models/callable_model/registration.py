@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import torch
@@ -19,9 +19,11 @@ from torch import nn
 
 from vllm.compilation.registered_model import compile_if_possible
 from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers.tree_linear import layout_invariant
 from vllm.model_executor.models.adapter.adapted import AdaptedModel, look
 from vllm.model_executor.models.adapter.adapter import Adapter
 from vllm.model_executor.models.adapter.seen import Seen
+from vllm.model_executor.models.derived_plan.derive import derive_plan
 from vllm.model_executor.models.plans.pipeline import HIDDEN_STATES
 from vllm.model_executor.models.registry import (
     _BaseRegisteredModel,
@@ -42,6 +44,7 @@ from .declarations import (
     check_class,
     check_layers,
     check_module,
+    check_tp_plan,
 )
 from .messages import name_of, unpicklable_part
 from .multimodal import MultiModalCallableModel, inputs_of, multimodal_class
@@ -66,7 +69,8 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             `"module:name"` is imported there and not before.
         capabilities: answers to vLLM's questions about the model, by the names they
             have on vLLM's model interfaces (`supports_pp`, `is_pooling_model`, ...);
-            `adapter`, an `Adapter` for a module that was not written for vLLM; and
+            `adapter`, an `Adapter` for a module that was not written for vLLM;
+            `tp_plan`, in the place of the module's own, or "auto"; and
             `multimodal`, one or more `Modality` that the model takes beside text.
 
     """
@@ -84,6 +88,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         self.multimodal = inputs_of(
             architecture, self.capabilities.pop("multimodal", None)
         )
+        self.tp_plan: Mapping[str, str] | str | None
+        self.tp_plan = self.capabilities.pop("tp_plan", None)
+        check_tp_plan(architecture, self.tp_plan)
         check_capabilities(architecture, self.capabilities, self.adapter)
         if not isinstance(factory, str):
             check_signature(architecture, factory)
@@ -97,6 +104,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             **self.capabilities,
             "adapter": self.adapter,
             "multimodal": self.multimodal,
+            "tp_plan": self.tp_plan,
         }
         capabilities = pickled(self.architecture, declared)
         return _unpickle, (self.architecture, factory, capabilities)
@@ -107,13 +115,42 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     def look(
         self, module: nn.Module, vllm_config: VllmConfig, is_stage: bool = False
     ) -> Seen | None:
-        """What `module` does, if it was not written for vLLM."""
+        """What `module` does, if it was not written for vLLM.
+
+        Raises:
+            ValueError: It is the whole model where one stage is wanted.
+
+        """
+        if is_stage and not self.builds_stages:
+            raise ValueError(
+                f"{self.architecture}: {type(module).__name__} has no pp_plan, by "
+                "which it could be cut into pipeline stages. Give it one, or start "
+                "with pipeline_parallel_size=1; if the callable builds the stage of "
+                "its ParallelContext itself, register it with supports_pp=True."
+            )
         model_cls = self.load_model_cls()
         knows_vllm = any(getattr(model_cls, name, False) for name in WITHOUT_ADAPTER)
         if knows_vllm and not issubclass(model_cls, MultiModalCallableModel):
             return None
         attention_free = getattr(model_cls, "is_attention_free", False)
         return look(module, self.adapter, vllm_config, attention_free, is_stage)
+
+    def plan_for(
+        self, module: nn.Module, vllm_config: VllmConfig, context: ParallelContext
+    ) -> Mapping[str, str] | None:
+        """The `tp_plan` that was given for `module`, if one was.
+
+        Raises:
+            ValueError: It is "auto", and nothing can be divided.
+
+        """
+        if self.tp_plan is None or isinstance(self.tp_plan, Mapping):
+            return self.tp_plan
+        if context.tensor_parallel_size == 1 and not layout_invariant():
+            return {}
+        device = cast(torch.device, vllm_config.device_config.device)
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        return derive_plan(module, self.adapter, vocab_size, device, context)
 
     def adapted(
         self, module: nn.Module, vllm_config: VllmConfig, seen: Seen | None
@@ -142,6 +179,12 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
         check_layers(self.architecture, attributes, layers, vllm_config, context)
 
     @property
+    def builds_stages(self) -> bool:
+        """Whether it is declared that the callable builds a pipeline stage."""
+        attributes, _ = self._interface()
+        return bool(attributes.get("supports_pp"))
+
+    @property
     def is_pooling_model(self) -> bool:
         return bool(getattr(self.load_model_cls(), "is_pooling_model", False))
 
@@ -167,9 +210,6 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
             annotated = annotated_class(self.factory)
         if annotated is not None:
             attributes = interface_of(annotated)
-            plans = (getattr(annotated, name, None) for name in ("pp_plan", "_pp_plan"))
-            if any(plans):
-                attributes.setdefault("supports_pp", True)
         for name, value in self.capabilities.items():
             attributes[BY_NAME[name].attribute or name] = value
         check_class(self.architecture, attributes, annotated)
@@ -179,7 +219,9 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
     def _model_cls(self) -> type[CallableModelWrapper]:
         """The wrapper class whose instances `factory` builds."""
         attributes, annotated = self._interface()
-        if attributes.get("supports_pp"):
+        # vLLM asks before the module is built, and only then is a pp_plan known. A
+        # module without one is refused by `look`.
+        if attributes.setdefault("supports_pp", True):
             attributes["make_empty_intermediate_tensors"] = room_for_hidden_states
         if attributes.get("is_pooling_model"):
             attributes["pooler"] = property(pooler_of)

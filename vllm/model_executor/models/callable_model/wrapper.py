@@ -100,7 +100,12 @@ class CallableModelWrapper(nn.Module):
         registration = self._registration
         with names_of_its_own(vllm_config, prefix) as layers:
             module, self._constants, seen = build_module(
-                arch, registration.factory, vllm_config, prefix, registration.look
+                arch,
+                registration.factory,
+                vllm_config,
+                prefix,
+                registration.look,
+                registration.plan_for,
             )
             self.adapted = registration.adapted(module, vllm_config, seen)
         # Not setattr: nn.Module would make it a child and prefix every name.

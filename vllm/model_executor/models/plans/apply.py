@@ -8,7 +8,7 @@ Megatron-LM, https://arxiv.org/abs/1909.08053
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -27,12 +27,13 @@ def apply_plans(
     vllm_config: VllmConfig,
     context: ParallelContext,
     before_cut: Callable[[nn.Module], None] | None = None,
+    tp_plan: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Make this rank's part of `module`, if it has plans, in place.
 
     What other pipeline stages own is taken away. Each split parameter becomes this
     rank's part of it, under its own name and with megatron-core's marks, so that full
-    checkpoints load. Every rank builds the whole module on its device before.
+    checkpoints load.
 
     Args:
         module: What a factory built, with the whole model's parameters. It or its
@@ -46,6 +47,7 @@ def apply_plans(
         context: The place of this rank.
         before_cut: Called with `module` before it is cut into stages, if it is: the
             last moment at which one rank can run the whole of it.
+        tp_plan: In the place of the one that the module has.
 
     Returns:
         `module`. Parameter names are as before.
@@ -60,7 +62,8 @@ def apply_plans(
     cuts_stages = context.pipeline_parallel_size > 1
     # Everything is checked before anything is changed, also on a single rank.
     reads_plan = splits_tensors or layout_invariant()
-    tp_plan = find_plan(module, "tp_plan", hf_config, reads_plan)
+    if tp_plan is None:
+        tp_plan = find_plan(module, "tp_plan", hf_config, reads_plan)
     styles = match_styles(module, tp_plan)
     splits = match_splits(module, styles)
     pp_plan = find_plan(module, "pp_plan", hf_config, cuts_stages)

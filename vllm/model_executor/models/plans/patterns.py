@@ -130,7 +130,7 @@ def resolve_pattern(
     """
     matches = matching_names(pattern, names)
     if not matches:
-        known = sorted({_with_wildcards(module, name) for name in names})
+        known = sorted({with_wildcards(module, name) for name in names})
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
         raise ValueError(
             f"{kind_of(module)}: {plan} has {pattern!r}, which matches nothing. The "
@@ -139,7 +139,7 @@ def resolve_pattern(
     return matches
 
 
-def _with_wildcards(module: nn.Module, name: str) -> str:
+def with_wildcards(module: nn.Module, name: str) -> str:
     """`name`, with `*` for a layer of a stack whose layers are all of one class."""
     parts = name.split(".")
     part = module

@@ -44,9 +44,14 @@ def calls_embedding(part: nn.Module) -> bool:
     names = getattr(getattr(type(part).forward, "__code__", None), "co_names", ())
     if not {"super", "forward"} <= set(names):
         return False
-    uses = _Uses(part.weight)
+    weight = part.weight.detach()
+    if weight.is_meta and not any(buffer.is_meta for buffer in part.buffers()):
+        # One call has one device.
+        weight = torch.empty_like(weight, device=torch.get_default_device())
+    uses = _Uses(weight)
+    token = torch.zeros(1, dtype=torch.long, device=weight.device)
     with torch.no_grad(), uses:
-        part(torch.zeros(1, dtype=torch.long, device=part.weight.device))
+        torch.func.functional_call(part, {"weight": weight}, (token,))
     return uses.found == [F.embedding]
 
 
