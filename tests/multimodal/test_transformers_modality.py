@@ -9,7 +9,6 @@ import pytest
 import torch
 from image_model import drawing
 from PIL import Image
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -85,8 +84,7 @@ def llava(tmp_path):
     config = LlavaConfig(text_config=text, vision_config=eyes, image_token_index=IMAGE)
     model = LlavaForConditionalGeneration(config).eval()
     model.config.architectures = ["LlavaForConditionalGeneration"]
-    model.config.save_pretrained(tmp_path / "llava")
-    save_file(model.state_dict(), tmp_path / "llava" / "model.safetensors")
+    model.save_pretrained(tmp_path / "llava")  # under its published names
     tokenizer().save_pretrained(tmp_path / "llava")
     return tmp_path / "llava", model
 
