@@ -2,11 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Transformers' own vision-language models, unchanged, with their processors."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from image_model import drawing
 from PIL import Image
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -15,11 +17,15 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vllm import ModelRegistry, SamplingParams
+from vllm.model_executor.models.callable_model.checks import check_positions
 from vllm.multimodal.transformers_modality import images_of_processor
+from vllm.transformers_utils.config import uses_mrope
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
 IMAGE = 127
@@ -78,8 +84,7 @@ def llava(tmp_path):
     config = LlavaConfig(text_config=text, vision_config=eyes, image_token_index=IMAGE)
     model = LlavaForConditionalGeneration(config).eval()
     model.config.architectures = ["LlavaForConditionalGeneration"]
-    model.config.save_pretrained(tmp_path / "llava")
-    save_file(model.state_dict(), tmp_path / "llava" / "model.safetensors")
+    model.save_pretrained(tmp_path / "llava")  # under its published names
     tokenizer().save_pretrained(tmp_path / "llava")
     return tmp_path / "llava", model
 
@@ -112,3 +117,68 @@ def test_llava_by_a_lambda(llava, start):
     steps = zip(output.outputs[0].logprobs, tokens, strict=True)
     served = torch.tensor([step[token].logprob for step, token in steps])
     torch.testing.assert_close(served, expected.amax(-1), atol=1e-4, rtol=0)
+
+
+def qwen_vl_config(rope: dict) -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 128,
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | rope,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 48,
+            "depth": 1,
+            "num_heads": 2,
+        },
+        image_token_id=IMAGE,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope", "multimodal", "found"),
+    [
+        ({"mrope_section": [4, 6, 6]}, False, "mrope_section"),
+        ({}, True, "get_rope_index"),
+        ({}, False, None),  # of text alone, all axes are equal
+    ],
+)
+def test_positions_of_several_axes_are_refused(rope, multimodal, found):
+    config = qwen_vl_config(rope)
+    with torch.device("meta"):
+        module = Qwen2_5_VLForConditionalGeneration(config)
+    model_config = SimpleNamespace(
+        uses_mrope=uses_mrope(config), is_multimodal_model=multimodal
+    )
+    expected = (
+        nullcontext() if found is None else pytest.raises(ValueError, match=found)
+    )
+    with expected:
+        check_positions("Qwen2_5_VL", module, model_config)
+    module.supports_mrope = True
+    module.get_mrope_input_positions = lambda tokens, features: None
+    check_positions("Qwen2_5_VL", module, model_config)
+
+
+@pytest.mark.engine
+def test_a_qwen_vl_by_a_lambda_is_refused_at_start(llava, start):
+    model_dir, _ = llava
+    config = qwen_vl_config({"mrope_section": [4, 6, 6]})
+    config.save_pretrained(model_dir)
+    ModelRegistry.register_model(
+        "Qwen2_5_VLForConditionalGeneration",
+        lambda vllm_config, context: Qwen2_5_VLForConditionalGeneration(
+            vllm_config.model_config.hf_config
+        ),
+        multimodal=images_of_processor(processor(), largest),
+    )
+    with pytest.raises(ValueError, match="M-RoPE.*SupportsMRoPE"):
+        start(model=str(model_dir), skip_tokenizer_init=False)

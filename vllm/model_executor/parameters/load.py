@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ from vllm.model_executor.parameters.names import (
     Place,
     without_wrappers,
 )
+from vllm.model_executor.parameters.published import Weights, own_names
 from vllm.model_executor.parameters.reload import (
     brings_all_weights,
     finish_repacking,
@@ -41,8 +42,6 @@ from vllm.model_executor.parameters.reload import (
 from vllm.model_executor.parameters.update import UpdateState, listed
 
 logger = init_logger(__name__)
-
-Weights = Iterable[tuple[str, torch.Tensor]]
 
 _WEIGHTS: WeakKeyDictionary[nn.Module, ModuleWeights] = WeakKeyDictionary()
 
@@ -123,6 +122,8 @@ class ModuleWeights:
         load = _Load(self, complete, source)
         try:
             collected = isinstance(weights, Collection)
+            known = self.names.entries.keys() | self._elsewhere.keys()
+            weights = own_names(self._get_module(), weights, known, source)
             weights = self.names.unstacked(weights, source)
             if collected:
                 weights = list(weights)

@@ -16,6 +16,7 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
@@ -130,6 +131,38 @@ def check_config(model_config: ModelConfig, generates: bool) -> None:
                 f"vLLM reads it as {use}. Write it under this name, or pass "
                 f"hf_overrides={{{key!r}: ...}}."
             )
+
+
+def check_positions(
+    architecture: str, module: nn.Module, model_config: ModelConfig
+) -> None:
+    """Check that the module gets the positions it computes with.
+
+    Models of M-RoPE give an image's tokens positions of several axes. Only a module of
+    vLLM's `SupportsMRoPE` tells vLLM which. Transformers' own compute them in
+    `get_rope_index`, which an engine never calls, because it gives positions itself.
+
+    Raises:
+        ValueError: it needs positions of several axes, and vLLM cannot ask it for them.
+
+    """
+    if supports_mrope(module):
+        return
+    if model_config.uses_mrope:
+        found = "config.json names an mrope_section"
+    elif model_config.is_multimodal_model and any(
+        callable(getattr(part, "get_rope_index", None)) for part in module.modules()
+    ):
+        found = "it has get_rope_index, and takes images or other inputs"
+    else:
+        return
+    raise ValueError(
+        f"{architecture}: {type(module).__name__} needs positions of several axes "
+        f"(M-RoPE), because {found}; a registered module without vLLM's SupportsMRoPE "
+        "would get other positions than its own. Serve vLLM's own model of this "
+        "architecture, without registering it, or return a module that has "
+        "supports_mrope = True and get_mrope_input_positions."
+    )
 
 
 def check_quantization(

@@ -36,6 +36,7 @@ from .build import build_module
 from .checks import (
     FORWARD,
     check_config,
+    check_positions,
     check_quantization,
     check_takes_embeddings,
     forward_keywords,
@@ -158,6 +159,7 @@ class CallableModelWrapper(nn.Module):
         self.was_tried = False
         self._registration.check_built(module, layers, vllm_config, self._context)
         use_weight_sync(vllm_config)
+        check_positions(arch, module, vllm_config.model_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
             why = "prompt embeddings are enabled"
