@@ -36,7 +36,8 @@ def names_of_its_own(vllm_config: VllmConfig, prefix: str) -> Iterator[dict[str,
     config = vllm_config.compilation_config
     known = config.static_forward_context
     experts = len(config.static_all_moe_layers)
-    config.static_forward_context = built = {}
+    built: dict[str, Any] = {}
+    config.static_forward_context = built
     renamed: dict[str, Any] = {}
     try:
         yield renamed
