@@ -65,7 +65,7 @@ class _CallableRegisteredModel(_BaseRegisteredModel):
 
     Args:
         architecture: the name it is registered under.
-        factory: called once per worker as `factory(vllm_config, parallel_context)`;
+        factory: called in each worker as `factory(vllm_config, parallel_context)`;
             `"module:name"` is imported there and not before.
         capabilities: answers to vLLM's questions about the model, by the names they
             have on vLLM's model interfaces (`supports_pp`, `is_pooling_model`, ...);
