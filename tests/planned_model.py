@@ -118,5 +118,7 @@ def config(**hf_config):
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(**hf_config), get_hidden_size=lambda: HIDDEN
         ),
-        compilation_config=SimpleNamespace(static_forward_context={}),
+        compilation_config=SimpleNamespace(
+            static_forward_context={}, static_all_moe_layers=[]
+        ),
     )

@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm_generic.rollout.batch import Sample, collate, samples_of
 from vllm_generic.rollout.config import RolloutConfig
+from vllm_generic.rollout.engine_args import Factory
 from vllm_generic.rollout.engines import Engine, LocalEngine, Request
 from vllm_generic.rollout.episodes import Episode, Play, play_all
 from vllm_generic.rollout.pool import EnginePool
@@ -28,7 +29,7 @@ from vllm_generic.rollout.requests import (
     one_answer_each,
     set_seeds,
 )
-from vllm_generic.rollout.start import Factory, start_engine
+from vllm_generic.rollout.start import start_engine
 from vllm_generic.rollout.updates import Updates
 
 GIVEN_UP = {

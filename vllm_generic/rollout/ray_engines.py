@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -20,10 +20,8 @@ from vllm.distributed.weight_sync.clients import AsyncLLMClient, Mode
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm_generic.rollout.async_engines import AsyncLLMEngine, EngineLostError
 from vllm_generic.rollout.config import RolloutConfig
+from vllm_generic.rollout.engine_args import Factory, engine_args, register
 from vllm_generic.rollout.engines import Request
-
-if TYPE_CHECKING:
-    from vllm_generic.rollout.start import Factory
 
 # Requests and calls of an update; vLLM's own limit is `max_num_seqs`.
 MOST_CALLS = 1 << 16
@@ -34,8 +32,6 @@ class _Placed:
 
     async def start(self, config: RolloutConfig, factory: Factory | str | None) -> Any:
         """Make the engine; its capacity and its longest sequence."""
-        from vllm_generic.rollout.start import engine_args, register
-
         if factory is not None:
             register(config, factory)
         args = AsyncEngineArgs(**engine_args(config))

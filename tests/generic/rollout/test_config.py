@@ -17,7 +17,7 @@ import yaml
 from vllm import AsyncEngineArgs
 from vllm_generic.rollout import RolloutConfig
 from vllm_generic.rollout.config import REFUSED, defaults
-from vllm_generic.rollout.start import engine_args
+from vllm_generic.rollout.engine_args import engine_args
 
 # As the seed's table and ChatLearn's own files have it.
 CHATLEARN = """

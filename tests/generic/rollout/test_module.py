@@ -282,7 +282,7 @@ def test_episodes_need_an_asynchronous_engine() -> None:
 
     module = Recorded({})
     module.setup()
-    with pytest.raises(RuntimeError, match="Set asynchronous: true, or engine_urls"):
+    with pytest.raises(RuntimeError, match="Set asynchronous: true, engine_urls or"):
         module.run_episodes(play, {"input_ids": PROMPTS})
     with pytest.raises(ValueError, match="max_versions_behind is -1"):
         next(answered_ahead(module, [], max_versions_behind=-1))

@@ -41,6 +41,8 @@ def on_stage(monkeypatch):
             dtype=torch.float32,
             enable_prompt_embeds=False,
             hf_config=PretrainedConfig(),
+            uses_mrope=False,
+            is_multimodal_model=False,
         )
         config = SimpleNamespace(
             additional_config={},
@@ -50,7 +52,9 @@ def on_stage(monkeypatch):
             model_config=model_config,
             device_config=SimpleNamespace(device="cpu"),
             compilation_config=SimpleNamespace(
-                mode=CompilationMode.NONE, static_forward_context={}
+                mode=CompilationMode.NONE,
+                static_forward_context={},
+                static_all_moe_layers=[],
             ),
             lora_config=None,
         )

@@ -77,6 +77,8 @@ def wrap(monkeypatch):
             enable_prompt_embeds=embeds,
             quantization="fp8" if quant_config else None,
             hf_config=PretrainedConfig(),
+            uses_mrope=False,
+            is_multimodal_model=False,
         )
         config = SimpleNamespace(
             additional_config={},
@@ -88,7 +90,9 @@ def wrap(monkeypatch):
             device_config=SimpleNamespace(device="cpu"),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
             compilation_config=SimpleNamespace(
-                mode=CompilationMode.NONE, static_forward_context={}
+                mode=CompilationMode.NONE,
+                static_forward_context={},
+                static_all_moe_layers=[],
             ),
         )
         monkeypatch.setattr(kv_caches, "get_current_vllm_config", lambda: config)

@@ -26,7 +26,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.engine.startup_failure import enter_stage
 
 from .checks import check_same_on_all_ranks, check_signature
-from .empty_parameters import EmptyParameters, any_values
+from .empty_parameters import EmptyParameters, any_values, needs_values
 from .messages import describe, name_of
 from .precision import Float32Constants
 from .time_limit import time_limit
@@ -150,31 +150,29 @@ def _without_values(
     empty = EmptyParameters(torch.get_default_device())
     # As in the call without it, precision is the outer mode.
     inner = replace(call, factory=lambda: _call_in(empty, call.factory))
-    why, failure = None, None
+    why = None
     try:
         module, precision = inner()
         if isinstance(module, nn.Module):
             why = empty.problem(unwrap(module))
-    except TimeoutError:
-        raise
-    except Exception as error:  # noqa: BLE001 - raised below, or by the second call
-        failure = error
-        if empty.moved:
-            why = f"the factory needs them ({str(error).strip().partition(chr(10))[0]})"
+    except Exception as error:
+        # Any other error is raised at once: other ranks may wait for this one in a
+        # collective of the factory's, and never come to agree with it.
+        if not needs_values(error):
+            raise
+        why = f"the factory needs them ({str(error).strip().partition(chr(10))[0]})"
     ranks = context.tensor_parallel_size * context.pipeline_parallel_size
     if ranks > 1 and model_parallel_is_initialized():
         answers = all_gather_text(why or "", get_world_group().cpu_group)
         why = next(filter(None, answers), None)
     if why is None:
-        if failure is not None:
-            raise failure
         return module, precision
     logger.info(
         "%s: parameters get memory and initial values before they are loaded: %s.",
         architecture,
         why,
     )
-    module = failure = None
+    module = None
     for name in set(compilation.static_forward_context) - known:
         del compilation.static_forward_context[name]
     return call()

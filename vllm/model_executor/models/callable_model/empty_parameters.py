@@ -61,6 +61,19 @@ class NeedsValuesError(Exception):
     """What a factory computes needs values of parameters; the message says what."""
 
 
+def needs_values(error: BaseException) -> bool:
+    """Whether a factory failed because parameters had no values.
+
+    PyTorch says of what it cannot do without values that a tensor is on "meta".
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NeedsValuesError) or "meta" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 class EmptyParameters(TorchFunctionMode):
     """Moves each parameter to the meta device once a module of the factory has it.
 
