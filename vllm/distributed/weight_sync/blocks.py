@@ -45,7 +45,7 @@ class Sums:
             self._add(*gpu_blocks.read(part, look=look))
             return
         self._bits.append(_sum_bits(part, self._words))
-        if values and part.is_floating_point():
+        if look:
             if part.device.type == "cpu":
                 finite = _is_finite(part)
                 self._values.append(torch.tensor(0.0 if finite else float("nan")))

@@ -5,15 +5,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightTransform
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -39,41 +35,43 @@ def own_names(
     """
     if not isinstance(module, PreTrainedModel):
         return weights
-    # Older releases of Transformers have no such table.
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return weights
-    # Transforms note what they did, and may be shared by all models of a type.
-    table = copy.deepcopy(get_model_conversion_mapping(module))
-    renamed = _renamed(type(module).__name__, table, weights, names, source)
+    renamed = _renamed(module, weights, names, source)
     return list(renamed) if isinstance(weights, Collection) else renamed
 
 
 def _renamed(
-    kind: str,
-    table: list[WeightTransform],
-    weights: Weights,
-    names: Collection[str],
-    source: str,
+    module: PreTrainedModel, weights: Weights, names: Collection[str], source: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    renamings = [one for one in table if isinstance(one, WeightRenaming)]
-    converters = [one for one in table if isinstance(one, WeightConverter)]
+    rename: Callable[[str], tuple[str, str | None]] | None = None
     for name, tensor in weights:
         if name in names:
             yield name, tensor
             continue
-        own, merged = rename_source_key(name, renamings, converters)
+        # Only now, because a trainer may bring its tensors in a call each.
+        rename = rename or _renaming(module)
+        own, merged = rename(name)
         if merged is not None and own in names:
             raise ValueError(
                 f"{source} has {name}, of which Transformers makes a part of {own} of "
-                f"{kind}; such tensors are not merged here. Save the module's "
-                "state_dict() instead of calling save_pretrained."
+                f"{type(module).__name__}; such tensors are not merged here. Save the "
+                "module's state_dict() instead of calling save_pretrained."
             )
         yield (own if own in names else name), tensor
+
+
+def _renaming(module: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """What gives a published name's own one, and the merge that takes it, if any."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:  # older releases of Transformers have no such table
+        return lambda name: (name, None)
+    # Transforms note what they did, and may be shared by all models of a type.
+    table = copy.deepcopy(get_model_conversion_mapping(module))
+    renamings = [one for one in table if isinstance(one, WeightRenaming)]
+    converters = [one for one in table if isinstance(one, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, converters)

@@ -9,18 +9,16 @@ Everything else that the factory computes is computed for real.
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from .parameter_mode import ParameterMode
 
 # What makes a tensor of its arguments alone, on a device that may be named.
 CONSTRUCTORS = {
@@ -74,7 +72,7 @@ def needs_values(error: BaseException) -> bool:
     return False
 
 
-class EmptyParameters(TorchFunctionMode):
+class EmptyParameters(ParameterMode):
     """Moves each parameter to the meta device once a module of the factory has it.
 
     Where the factory itself builds on the meta device, tensors are made on the real
@@ -99,21 +97,6 @@ class EmptyParameters(TorchFunctionMode):
         self._made: set[StorageWeakRef] = set()
         self._random: set[StorageWeakRef] = set()
         self._without_values: set[StorageWeakRef] = set()
-
-    def __enter__(self) -> EmptyParameters:
-        self._thread = threading.get_ident()
-        self._hook = register_module_parameter_registration_hook(self._move)
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
-        self._hook.remove()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -196,10 +179,9 @@ class EmptyParameters(TorchFunctionMode):
             return "it holds what is computed from a parameter"
         return None
 
-    def _move(self, module: nn.Module, name: str, parameter: Any) -> None:
+    def registered(self, module: nn.Module, parameter: Any) -> None:
         if (
-            threading.get_ident() != self._thread
-            or type(parameter) is not nn.Parameter
+            type(parameter) is not nn.Parameter
             or not parameter.is_floating_point()
             or parameter.is_meta
             or type(module).__module__.startswith("vllm.")

@@ -9,20 +9,18 @@ trainer computes it under PyTorch's own default, float32.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .parameter_mode import ParameterMode
 
-class Float32Constants(TorchFunctionMode):
+
+class Float32Constants(ParameterMode):
     """Has a factory compute in float32, and its parameters in the dtype of the engine.
 
     Every tensor that is made without a dtype is float32 instead of `dtype`. Those that
@@ -41,21 +39,6 @@ class Float32Constants(TorchFunctionMode):
         self.dtype = dtype
         # By storage: a parameter is another tensor than the one it was made of.
         self._asked_for: set[StorageWeakRef] = set()
-
-    def __enter__(self) -> Float32Constants:
-        self._thread = threading.get_ident()
-        self._hook = register_module_parameter_registration_hook(self._cast)
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
-        self._hook.remove()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -90,12 +73,8 @@ class Float32Constants(TorchFunctionMode):
             and StorageWeakRef(tensor.untyped_storage()) in self._asked_for
         )
 
-    def _cast(self, module: nn.Module, name: str, parameter: Any) -> None:
-        if (
-            threading.get_ident() == self._thread
-            and _is_plain_float32(parameter)
-            and not self._is_asked_for(parameter)
-        ):
+    def registered(self, module: nn.Module, parameter: Any) -> None:
+        if _is_plain_float32(parameter) and not self._is_asked_for(parameter):
             # In place, because another module may be about to share it.
             parameter.data = parameter.data.to(self.dtype)
 
