@@ -99,7 +99,10 @@ class Program:
         assert not left, f"{left}\n{self.output()[-6000:]}"
 
     def _left(self) -> list[str]:
-        left = [f"{p.pid} {' '.join(p.cmdline())}" for p in self.processes()]
+        left = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):  # it ended since it was listed
+                left.append(f"{process.pid} {' '.join(process.cmdline())}")
         left += [str(path) for path in self.temporary.iterdir()]
         return left + sorted(self._segments & set(os.listdir(SHARED_MEMORY)))
 

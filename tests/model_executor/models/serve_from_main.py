@@ -101,6 +101,10 @@ def main(model_dir: str, way: str) -> None:
         else:
             raise AssertionError("a lock was pickled")
         assert not multiprocessing.active_children()
+        # A rank that is ahead must not meet the store of the other's first start.
+        if way == "data_parallel":
+            port = int(os.environ["VLLM_DP_MASTER_PORT"])
+            os.environ["VLLM_DP_MASTER_PORT"] = str(port + 8)
         ModelRegistry.register_model("TinyModel", factory)
     engine = start_engine(model_dir, way)
     params = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
