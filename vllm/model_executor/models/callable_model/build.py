@@ -29,6 +29,7 @@ from .checks import check_same_on_all_ranks, check_signature
 from .empty_parameters import EmptyParameters, any_values, needs_values
 from .messages import describe, name_of
 from .precision import Float32Constants
+from .quantized_linears import quantize_linears
 from .time_limit import time_limit
 
 logger = init_logger(__name__)
@@ -120,6 +121,8 @@ def build_module(
         sum_in_tree(module)
     if look is not None and not looks:
         looks.append(tried(module, context.pipeline_parallel_size > 1))
+    head = looks[0].head.layer if looks[0] and looks[0].head else None
+    quantize_linears(architecture, module, vllm_config, context, prefix, head)
     module = place(module, device)
     return module, constants, looks[0]
 

@@ -15,11 +15,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
+from .quantized_linears import quantizes
 
 logger = init_logger(__name__)
 
@@ -181,19 +181,16 @@ def check_quantization(
     """
     if vllm_config.quant_config is None:
         return
-    quantizes = any(
-        getattr(part, "quant_config", None) is not None
-        for part in module.modules()
-        if not isinstance(part, AttentionLayerBase)  # quantizes the KV cache only
-    )
+    found = quantizes(module)
     if context.pipeline_parallel_size > 1:
-        answer = "yes" if quantizes else "no"
-        quantizes = "yes" in all_gather_text(answer, get_pp_group().cpu_group)
-    if not quantizes:
+        answer = "yes" if found else "no"
+        found = "yes" in all_gather_text(answer, get_pp_group().cpu_group)
+    if not found:
         quantization = vllm_config.model_config.quantization
         raise ValueError(
             f"{architecture}: quantization={quantization!r} is asked for, but no layer "
-            f"of {type(module).__name__} does it. Give vLLM's linear layers "
+            f"of {type(module).__name__} does it. It has no plain nn.Linear beside "
+            "the output head that the quantization names: give vLLM's linear layers "
             "quant_config=vllm_config.quant_config; or start without quantization, and "
             "take quantization_config out of config.json."
         )

@@ -47,6 +47,7 @@ from .layer_names import names_of_its_own
 from .logits import check_logits, logits_function
 from .messages import describe
 from .precision import round_constants
+from .quantized_linears import without_unused
 
 if TYPE_CHECKING:
     from vllm.lora.hooked_manager import HookedLoRAManager
@@ -316,7 +317,10 @@ class CallableModelWrapper(nn.Module):
         """Load with the module's own `load_weights`, or by name if it has none."""
         enter_stage("loading the weights")
         source = self._vllm_config.model_config.model
-        return self._weights.load_model(self, readable(weights, source), source)
+        weights = readable(weights, source)
+        if self._vllm_config.quant_config is not None:
+            weights = without_unused(self.module, weights)
+        return self._weights.load_model(self, weights, source)
 
     def weights_problem(self) -> str | None:
         """Why the weights cannot be served; asked before the first step with new ones.

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A plain module's linear layers are quantized as vLLM's own models' are."""
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.distributed.weight_sync import WeightSync
+from vllm.model_executor.models.callable_model import quantized_linears
+
+pytestmark = pytest.mark.engine
+
+PROMPT = list(range(40))
+GROUP = 64
+LEFT_OUT = "model.layers.0.mlp.down_proj"
+CPU_FLAGS = Path("/proc/cpuinfo")
+needs_amx = pytest.mark.skipif(
+    not CPU_FLAGS.exists() or "amx_tile" not in CPU_FLAGS.read_text(),
+    reason="vLLM's fp8 kernels for CPUs need AMX",
+)
+# [4 bits], from the lowest on
+IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def stock_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+# ---- Checkpoints ---------------------------------------------------------------------
+
+
+def pack(values: torch.Tensor, axis: int, order: tuple[int, ...]) -> torch.Tensor:
+    """Eight values of four bits in each int32, along `axis`."""
+    values = values.movedim(axis, -1).unflatten(-1, (-1, 8))
+    packed = torch.zeros(values.shape[:-1], dtype=torch.int32)
+    for place, index in enumerate(order):
+        packed |= values[..., index] << (4 * place)
+    return packed.movedim(-1, axis).contiguous()
+
+
+def four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Integers `[out, in]` from 0, a scale for each group of inputs, what they mean."""
+    groups = weight.unflatten(1, (-1, GROUP))  # [out, groups, inputs of one]
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+    values = (groups / scale).round().clamp(-8, 7)
+    meant = (values * scale).flatten(1)
+    return values.flatten(1).int() + 8, scale[..., 0], meant
+
+
+def gptq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    values, scale, meant = four_bits(weight)
+    zeros = torch.full(scale.T.shape, 7, dtype=torch.int32)  # stored less one
+    return {
+        "qweight": pack(values.T, 0, IN_ORDER),
+        "scales": scale.T.bfloat16().contiguous(),
+        "qzeros": pack(zeros, 1, IN_ORDER),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }, meant
+
+
+def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    values, scale, meant = four_bits(weight)
+    zeros = torch.full(scale.T.shape, 8, dtype=torch.int32)
+    return {
+        "qweight": pack(values.T, 1, AWQ_ORDER),
+        "scales": scale.T.bfloat16().contiguous(),
+        "qzeros": pack(zeros, 1, AWQ_ORDER),
+    }, meant
+
+
+def int8_channels(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    values = (weight / scale).round()
+    return {"weight": values.to(torch.int8), "weight_scale": scale}, values * scale
+
+
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", LEFT_OUT],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "channel",
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": GROUP,
+    "desc_act": False,
+    "sym": True,
+    "lm_head": False,
+    "dynamic": {f"-:{LEFT_OUT}": {}},
+}
+AWQ = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": GROUP,
+    "zero_point": True,
+    "version": "gemm",
+    "modules_to_not_convert": [LEFT_OUT],
+}
+
+
+def save_quantized(
+    folder: Path,
+    quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]],
+    quantization: dict[str, Any],
+) -> LlamaForCausalLM:
+    """A checkpoint as the libraries for quantization write it; what it means."""
+    model = stock_model()
+    state: Tensors = {}
+    for name, part in model.named_modules():
+        quantized = name.endswith("_proj") and name != LEFT_OUT
+        if isinstance(part, nn.Linear) and quantized:
+            tensors, part.weight.data = quantize(part.weight.data)
+            state |= {f"{name}.{leaf}": t for leaf, t in tensors.items()}
+    for name, tensor in model.state_dict().items():
+        if name.rpartition(".")[0] + ".qweight" not in state:
+            state.setdefault(name, tensor)
+    save_file(state, folder / "model.safetensors")
+    config = model.config.to_dict() | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+# ---- Engines -------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def unchanged_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    ModelRegistry.register_model(
+        "Unchanged",
+        lambda vllm_config, parallel_context: AutoModelForCausalLM.from_config(
+            vllm_config.model_config.hf_config
+        ),
+    )
+
+
+def start(folder: Path, **options: Any) -> LLM:
+    return LLM(
+        model=str(folder),
+        hf_overrides={"architectures": ["Unchanged"]},
+        dtype="bfloat16",
+        max_model_len=128,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 24,
+        **options,
+    )
+
+
+def served(llm: LLM) -> torch.Tensor:
+    """Log-probabilities of the prompt's tokens after the first."""
+    params = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=0)
+    prompt = {"prompt_token_ids": PROMPT}
+    output = llm.generate(prompt, params, use_tqdm=False)[0]
+    return torch.tensor(
+        [
+            entry[token].logprob
+            for entry, token in zip(output.prompt_logprobs, PROMPT, strict=True)
+            if entry is not None
+        ]
+    )
+
+
+@torch.no_grad()
+def meant(model: nn.Module) -> torch.Tensor:
+    tokens = torch.tensor([PROMPT])
+    logprobs = model(tokens).logits[0].log_softmax(-1)
+    return logprobs[torch.arange(len(PROMPT) - 1), tokens[0, 1:]]
+
+
+def quantized_layers(worker: Any) -> dict[str, str]:
+    model = worker.get_model()
+    return {
+        name: type(part.quant_method).__name__
+        for name, part in model.named_modules()
+        if name.endswith("_proj") and hasattr(part, "quant_method")
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantize", "quantization", "method", "distance"),
+    [
+        pytest.param(int8_channels, COMPRESSED, "CompressedTensors", 0.0, id="w8a8"),
+        pytest.param(gptq, GPTQ, "GPTQ", 0.2, id="gptq"),
+        pytest.param(awq, AWQ, "AWQ", 0.2, id="awq", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoint(
+    tmp_path, quantize, quantization, method, distance, caplog, monkeypatch
+):
+    """The served model is the one that the file means, and not the one before."""
+    # vLLM's own loggers take the level of the environment.
+    monkeypatch.setattr(quantized_linears, "logger", logging.getLogger("test"))
+    caplog.set_level(logging.INFO, logger="test")
+    model = save_quantized(tmp_path, quantize, quantization)
+    llm = start(tmp_path)
+    logprobs = served(llm)
+    (layers,) = llm.collective_rpc(quantized_layers)
+    llm.llm_engine.engine_core.shutdown()
+    assert (logprobs - meant(model)).abs().max() < 0.1
+    assert (logprobs - meant(stock_model())).abs().max() >= distance
+    assert len(layers) == 13 and LEFT_OUT not in layers
+    assert all(method in name for name in layers.values())
+    assert (
+        f"{LEFT_OUT} (left out by the quantization), lm_head (the output head)"
+    ) in caplog.text
+
+
+def test_divided_by_a_plan(tmp_path, monkeypatch):
+    """Transformers' own plan of the class, on two ranks."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    model = save_quantized(tmp_path, int8_channels, COMPRESSED)
+    llm = start(tmp_path, tensor_parallel_size=2)
+    logprobs = served(llm)
+    llm.llm_engine.engine_core.shutdown()
+    assert (logprobs - meant(model)).abs().max() < 0.1
+
+
+@needs_amx
+def test_updates_are_quantized_again(tmp_path):
+    """After an update an engine has the bits of one that starts with its weights."""
+    model = stock_model().bfloat16()
+    model.save_pretrained(tmp_path)
+    llm = start(tmp_path, quantization="fp8_per_channel")
+    (layers,) = llm.collective_rpc(quantized_layers)
+    before = served(llm)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.25)
+    sync = WeightSync(trained, llm)
+    sync.update()
+    sync.close()
+    after = served(llm)
+    llm.llm_engine.engine_core.shutdown()
+    assert len(layers) == 14
+    assert (before - meant(model.float())).abs().max() < 0.5
+    trained.save_pretrained(tmp_path)
+    fresh = start(tmp_path, quantization="fp8_per_channel")
+    again = served(fresh)
+    fresh.llm_engine.engine_core.shutdown()
+    assert torch.equal(after, again) and not torch.equal(after, before)
