@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Transformers' own vision-language models, unchanged, with their processors."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -21,24 +22,31 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+)
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.models.callable_model.checks import check_positions
+from vllm.model_executor.models.callable_model.mrope import check_types
+from vllm.model_executor.models.callable_model.multimodal import rows_of
+from vllm.multimodal.modality import Modality
 from vllm.multimodal.transformers_modality import images_of_processor
 from vllm.transformers_utils.config import uses_mrope
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
-IMAGE = 127
+VIDEO, IMAGE = 126, 127
 SIDE = 16
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is the word `t<i>`, and the last one is `<image>`."""
-    vocab = {f"t{i}": i for i in range(IMAGE)} | {"<image>": IMAGE}
+    """Token i is the word `t<i>`; the last ones are `<video>` and `<image>`."""
+    vocab = {f"t{i}": i for i in range(VIDEO)} | {"<video>": VIDEO, "<image>": IMAGE}
     words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=words,
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
     )
 
 
@@ -124,11 +132,12 @@ def qwen_vl_config(rope: dict) -> Qwen2_5_VLConfig:
         text_config={
             "hidden_size": 64,
             "intermediate_size": 96,
-            "num_hidden_layers": 1,
+            "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "vocab_size": 128,
             "max_position_embeddings": 256,
+            "initializer_range": 0.3,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | rope,
         },
         vision_config={
@@ -137,24 +146,32 @@ def qwen_vl_config(rope: dict) -> Qwen2_5_VLConfig:
             "intermediate_size": 48,
             "depth": 1,
             "num_heads": 2,
+            "patch_size": 4,
+            "window_size": 16,
         },
         image_token_id=IMAGE,
+        video_token_id=VIDEO,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
     )
 
 
+MROPE = {"mrope_section": [4, 6, 6]}
+
+
 @pytest.mark.parametrize(
-    ("rope", "multimodal", "found"),
+    ("rope", "multimodal", "method", "found"),
     [
-        ({"mrope_section": [4, 6, 6]}, False, "mrope_section"),
-        ({}, True, "get_rope_index"),
-        ({}, False, None),  # of text alone, all axes are equal
+        (MROPE, False, None, "mrope_section"),
+        ({}, True, "get_rope_index", "get_rope_index"),  # vLLM would not ask
+        ({}, False, "get_rope_index", None),  # of text alone, all axes are equal
     ],
 )
-def test_positions_of_several_axes_are_refused(rope, multimodal, found):
+def test_positions_of_several_axes_are_refused(rope, multimodal, method, found):
     config = qwen_vl_config(rope)
     with torch.device("meta"):
         module = Qwen2_5_VLForConditionalGeneration(config)
+    if method is None:
+        module = module.model.language_model
     model_config = SimpleNamespace(
         uses_mrope=uses_mrope(config), is_multimodal_model=multimodal
     )
@@ -162,23 +179,85 @@ def test_positions_of_several_axes_are_refused(rope, multimodal, found):
         nullcontext() if found is None else pytest.raises(ValueError, match=found)
     )
     with expected:
-        check_positions("Qwen2_5_VL", module, model_config)
+        assert not check_positions("Qwen2_5_VL", module, model_config)
     module.supports_mrope = True
     module.get_mrope_input_positions = lambda tokens, features: None
-    check_positions("Qwen2_5_VL", module, model_config)
+    assert check_positions("Qwen2_5_VL", module, model_config)
+
+
+def test_kinds_that_get_rope_index_does_not_know_are_refused():
+    check_types("Qwen", torch.nn.Identity(), ["image", "video"])
+    with pytest.raises(ValueError, match="positions of audio; expected image or video"):
+        check_types("Qwen", torch.nn.Identity(), ["image", "audio"])
+
+
+def patches(image: Image.Image) -> dict[str, torch.Tensor]:
+    """As Qwen's processor makes them, which without torchvision cannot be built."""
+    size = {"shortest_edge": SIDE**2, "longest_edge": 4 * SIDE**2}
+    processor = Qwen2VLImageProcessorPil(patch_size=4, size=size)
+    return dict(processor(image, return_tensors="pt"))
+
+
+def merged_patches(tensors: Mapping[str, torch.Tensor]) -> int:
+    return int(tensors["image_grid_thw"].prod()) // 4
 
 
 @pytest.mark.engine
-def test_a_qwen_vl_by_a_lambda_is_refused_at_start(llava, start):
-    model_dir, _ = llava
-    config = qwen_vl_config({"mrope_section": [4, 6, 6]})
-    config.save_pretrained(model_dir)
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_qwen_vl_by_a_lambda(tmp_path, start, chunk):
+    """Tokens of an image have positions of three axes, as the module computes them."""
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(qwen_vl_config(MROPE)).eval()
+    model.config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
     ModelRegistry.register_model(
         "Qwen2_5_VLForConditionalGeneration",
         lambda vllm_config, context: Qwen2_5_VLForConditionalGeneration(
             vllm_config.model_config.hf_config
         ),
-        multimodal=images_of_processor(processor(), largest),
+        multimodal=Modality(
+            "image",
+            placeholder="<image>",
+            process=patches,
+            num_tokens=merged_patches,
+            largest=lambda: Image.new("RGB", (2 * SIDE, 2 * SIDE)),
+        ),
     )
-    with pytest.raises(ValueError, match="M-RoPE.*SupportsMRoPE"):
-        start(model=str(model_dir), skip_tokenizer_init=False)
+    chunks = {} if chunk is None else {"max_num_batched_tokens": chunk}
+    llm = start(model=str(tmp_path), skip_tokenizer_init=False, **chunks)
+    # Grids of 2 x 2, of 4 x 2 and of 2 x 4 tokens, and a prompt of text alone.
+    shown = [Image.new("RGB", size, "red") for size in ((16, 16), (16, 32), (32, 16))]
+    prompts = [
+        {
+            "prompt": "t1 <image> t5 t6 <image> t7 <image> t8 t9",
+            "multi_modal_data": {"image": shown},
+        },
+        {"prompt": "t3 t4 t5"},
+    ]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    made = [patches(image) for image in shown]
+    images = {key: torch.cat([one[key] for one in made]) for key in made[0]}
+    for output, inputs in zip(outputs, [images, {}], strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        ids = torch.tensor([output.prompt_token_ids + tokens])
+        assert (ids == IMAGE).sum() == (4 + 8 + 8 if inputs else 0)
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(), **inputs
+            ).logits[0]
+        expected = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
+        assert tokens == expected.argmax(-1).tolist()
+        steps = zip(output.outputs[0].logprobs, tokens, strict=True)
+        served = torch.tensor([step[token].logprob for step, token in steps])
+        torch.testing.assert_close(served, expected.amax(-1), atol=1e-4, rtol=0)
+
+
+def test_features_for_later_layers_are_refused():
+    """Qwen3-VL adds some of an image's features after the first layers."""
+    rows = torch.zeros(1, 4, 8)  # [images, tokens, hidden]
+    features = SimpleNamespace(pooler_output=rows, deepstack_features=None)
+    assert rows_of(features).shape == (4, 8)
+    features.deepstack_features = [rows]
+    with pytest.raises(TypeError, match="deepstack_features, which are for layers"):
+        rows_of(features)

@@ -59,12 +59,15 @@ class CallForm:
     ) -> Any:
         """What the module returns for `input_ids` and `positions`, both `[tokens]`.
 
+        Positions may have several axes, `[axes, tokens]`.
+
         Embeddings `[tokens, hidden]` in the place of `input_ids` go to the argument
         `inputs_embeds` of the module.
         """
         embedded = input_ids.is_floating_point()
         if self.batched:
-            input_ids, positions = input_ids[None], positions[None]  # [1, tokens]
+            input_ids = input_ids[None]  # [1, tokens]
+            positions = positions.unsqueeze(-2)  # [1, tokens], or [axes, 1, tokens]
         if self.function is not None:
             return self.function(module, input_ids, positions)
         keywords = dict(self.constants)

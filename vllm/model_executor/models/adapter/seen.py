@@ -148,6 +148,12 @@ def run_routed(
     `PathHooks` on `seen.owners`, or on all submodules. A pipeline stage takes what it
     received, and returns what the next one takes.
     """
+    if positions.dim() > 1 and (seen.origins or seen.form.positions is None):
+        raise UnservableError(
+            f"{type(module).__name__} gets positions of several axes "
+            f"{list(positions.shape)}, but makes positions itself; expected that it "
+            "takes all of them as an argument named position_ids"
+        )
     forward = Running(wants_masks=False)
     routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
     try:

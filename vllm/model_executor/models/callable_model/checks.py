@@ -19,6 +19,7 @@ from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .messages import describe, name_of
+from .mrope import find_rope_index
 from .quantized_linears import quantizes
 
 logger = init_logger(__name__)
@@ -135,33 +136,34 @@ def check_config(model_config: ModelConfig, generates: bool) -> None:
 
 def check_positions(
     architecture: str, module: nn.Module, model_config: ModelConfig
-) -> None:
-    """Check that the module gets the positions it computes with.
+) -> bool:
+    """Whether vLLM has to ask the module for positions of several axes (M-RoPE).
 
-    Models of M-RoPE give an image's tokens positions of several axes. Only a module of
-    vLLM's `SupportsMRoPE` tells vLLM which. Transformers' own compute them in
-    `get_rope_index`, which an engine never calls, because it gives positions itself.
+    Models of M-RoPE give an image's tokens such positions. A module of vLLM's
+    `SupportsMRoPE` tells vLLM which, and `get_rope_index` of Transformers' own models
+    does. vLLM asks if config.json has an `mrope_section`.
 
     Raises:
         ValueError: it needs positions of several axes, and vLLM cannot ask it for them.
 
     """
     if supports_mrope(module):
-        return
+        return True
     if model_config.uses_mrope:
+        if find_rope_index(module) is not None:
+            return True
         found = "config.json names an mrope_section"
     elif model_config.is_multimodal_model and any(
         callable(getattr(part, "get_rope_index", None)) for part in module.modules()
     ):
         found = "it has get_rope_index, and takes images or other inputs"
     else:
-        return
+        return False
     raise ValueError(
         f"{architecture}: {type(module).__name__} needs positions of several axes "
-        f"(M-RoPE), because {found}; a registered module without vLLM's SupportsMRoPE "
-        "would get other positions than its own. Serve vLLM's own model of this "
-        "architecture, without registering it, or return a module that has "
-        "supports_mrope = True and get_mrope_input_positions."
+        f"(M-RoPE), because {found}; it would get other positions than its own. Return "
+        "a module that has supports_mrope = True and get_mrope_input_positions, or "
+        "Transformers' get_rope_index, and name the mrope_section in config.json."
     )
 
 

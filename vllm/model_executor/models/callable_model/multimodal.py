@@ -27,6 +27,7 @@ from vllm.v1.engine.startup_failure import enter_stage
 
 from .checks import check_takes_embeddings
 from .messages import describe
+from .mrope import check_types
 from .wrapper import CallableModelWrapper
 
 
@@ -45,6 +46,8 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
         check_embeds(self._arch, self.module, self.modalities)
         why = "it is registered with multimodal inputs"
         check_takes_embeddings(self._arch, self.module, self._forward_keywords, why)
+        if self.supports_mrope:
+            check_types(self._arch, self.module, [one.name for one in self.modalities])
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -72,7 +75,7 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
         # One input at a time: how a library batches them is its own affair.
         rows = zip(*tensors.values(), strict=True)
         return [
-            _rows_of(features(**dict(zip(tensors, one, strict=True)))) for one in rows
+            rows_of(features(**dict(zip(tensors, one, strict=True)))) for one in rows
         ]
 
     @functools.cached_property
@@ -212,13 +215,19 @@ def inputs_of(architecture: str, multimodal: Any) -> tuple[Modality, ...]:
     return tuple(several)
 
 
-def _rows_of(features: Any) -> torch.Tensor:
+def rows_of(features: Any) -> torch.Tensor:
     """Embeddings `[tokens, hidden]` in what Hugging Face's method returned.
 
     Raises:
-        TypeError: there are none.
+        TypeError: there are none, or more than the embeddings.
 
     """
+    if getattr(features, "deepstack_features", None):
+        raise TypeError(
+            "it returned deepstack_features, which are for layers after the first; "
+            "expected embeddings alone. Serve vLLM's own model of this architecture, "
+            "without registering it."
+        )
     found = getattr(features, "pooler_output", features)
     if isinstance(found, list | tuple) and len(found) == 1:
         found = found[0]

@@ -46,6 +46,7 @@ from .checks import (
 from .layer_names import names_of_its_own
 from .logits import check_logits, logits_function
 from .messages import describe
+from .mrope import PositionsOfSeveralAxes
 from .precision import round_constants
 from .quantized_linears import without_unused
 
@@ -66,7 +67,7 @@ ATTENTION_LAYERS = "vllm_attention_layers"
 WARM_UP_TOKENS = 8
 
 
-class CallableModelWrapper(nn.Module):
+class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
     """The module that a registered callable built, with vLLM's model interface.
 
     It shares the module's own tables of parameters, buffers and children instead of
@@ -160,7 +161,7 @@ class CallableModelWrapper(nn.Module):
         self.was_tried = False
         self._registration.check_built(module, layers, vllm_config, self._context)
         use_weight_sync(vllm_config)
-        check_positions(arch, module, vllm_config.model_config)
+        self.supports_mrope = check_positions(arch, module, vllm_config.model_config)
         check_quantization(arch, module, vllm_config, self._context)
         if vllm_config.model_config.enable_prompt_embeds:
             why = "prompt embeddings are enabled"
