@@ -46,11 +46,11 @@ from llama import Llama, LlamaShape  # noqa: E402
 VOCAB, LENGTH = 128, 256
 RANK = 4  # of an adapter
 SHAPE = LlamaShape(
-    hidden_size=64,
+    hidden_size=128,
     intermediate_size=128,
     num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=32,
     vocab_size=VOCAB,
     rope_theta=10000.0,
@@ -61,8 +61,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": SHAPE.hidden_size,
     "intermediate_size": SHAPE.intermediate_size,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_attention_heads": SHAPE.num_attention_heads,
+    "num_key_value_heads": SHAPE.num_key_value_heads,
     "head_dim": SHAPE.head_dim,
     "vocab_size": VOCAB,
     "max_position_embeddings": LENGTH,
@@ -184,7 +184,7 @@ def megatron(vllm_config: Any, parallel_context: Any) -> nn.Module:
     from megatron_llama import MegatronLlama, build
 
     class FromTransformers(MegatronLlama):
-        """Takes Transformers' checkpoint; of one group of keys and values."""
+        """Takes Transformers' checkpoint."""
 
         @torch.no_grad()
         def load_weights(self, weights: Any) -> None:
@@ -201,16 +201,23 @@ def megatron(vllm_config: Any, parallel_context: Any) -> nn.Module:
             copy("output_layer", "lm_head")
             for i in range(SHAPE.num_hidden_layers):
                 to, of = f"decoder.layers.{i}", f"model.layers.{i}"
-                projections = (f"{of}.self_attn.{x}_proj" for x in "qkv")
+                # Each group of query heads stands before its head of keys, of values.
+                groups = [
+                    given[f"{of}.self_attn.{x}_proj.weight"].unflatten(
+                        0, (SHAPE.num_key_value_heads, -1)
+                    )
+                    for x in "qkv"
+                ]  # [groups, outputs of one, hidden]
+                qkv = torch.cat(groups, dim=1).flatten(0, 1)
+                own[f"{to}.self_attention.linear_qkv.weight"].copy_(qkv)
                 copy(f"{to}.input_layernorm", f"{of}.input_layernorm")
-                copy(f"{to}.self_attention.linear_qkv", *projections)
                 copy(f"{to}.self_attention.linear_proj", f"{of}.self_attn.o_proj")
                 copy(f"{to}.pre_mlp_layernorm", f"{of}.post_attention_layernorm")
                 gate_and_up = (f"{of}.mlp.{x}_proj" for x in ("gate", "up"))
                 copy(f"{to}.mlp.linear_fc1", *gate_and_up)
                 copy(f"{to}.mlp.linear_fc2", f"{of}.mlp.down_proj")
 
-    groups = parallel_context.process_group_collection()
+    groups = parallel_context.megatron_groups()
     return build(SHAPE, groups, model_cls=FromTransformers)
 
 

@@ -108,8 +108,18 @@ def build_module(
         assert look is not None
         empty = [p for p in module.parameters() if p.is_meta]
         module = place(module, device)
-        with any_values(empty):
-            return look(module, vllm_config, is_stage)
+        try:
+            with any_values(empty):
+                return look(module, vllm_config, is_stage)
+        except Exception as error:
+            if (ranks := context.tensor_parallel_size) > 1:
+                heads = vllm_config.model_config.get_total_num_kv_heads()
+                error.add_note(
+                    f"It was tried as one of {ranks} tensor-parallel ranks has it. Of "
+                    f"each projection a rank needs whole heads, and config.json has "
+                    f"{heads} for keys and values."
+                )
+            raise
 
     def look_at_whole(module: nn.Module) -> None:
         if look is not None:
