@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed.weight_sync import WeightSync
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.callable_model import quantized_linears
 
 pytestmark = pytest.mark.engine
@@ -197,11 +198,11 @@ def start(folder: Path, **options: Any) -> LLM:
     )
 
 
-def served(llm: LLM) -> torch.Tensor:
+def served(llm: LLM, adapter: LoRARequest | None = None) -> torch.Tensor:
     """Log-probabilities of the prompt's tokens after the first."""
     params = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=0)
     prompt = {"prompt_token_ids": PROMPT}
-    output = llm.generate(prompt, params, use_tqdm=False)[0]
+    output = llm.generate(prompt, params, use_tqdm=False, lora_request=adapter)[0]
     return torch.tensor(
         [
             entry[token].logprob
@@ -256,14 +257,37 @@ def test_checkpoint(
     ) in caplog.text
 
 
+def save_adapter(folder: Path, model: nn.Module) -> None:
+    """An adapter in PEFT's format, whose product is added to the weights of `model`."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("q_proj", "down_proj")
+    factors: Tensors = {}
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and name.endswith(names):
+            a = torch.randn(4, part.in_features, generator=generator) / 10
+            b = torch.randn(part.out_features, 4, generator=generator) / 4
+            factors[f"base_model.model.{name}.lora_A.weight"] = a
+            factors[f"base_model.model.{name}.lora_B.weight"] = b
+            part.weight.data += b @ a
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "bias": "none"}
+    config |= {"target_modules": list(names), "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def test_divided_by_a_plan(tmp_path, monkeypatch):
-    """Transformers' own plan of the class, on two ranks."""
+    """Transformers' own plan of the class, on two ranks; an adapter on top."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = save_quantized(tmp_path, int8_channels, COMPRESSED)
-    llm = start(tmp_path, tensor_parallel_size=2)
+    llm = start(tmp_path, tensor_parallel_size=2, enable_lora=True, max_lora_rank=8)
     logprobs = served(llm)
+    expected = meant(model)
+    save_adapter(tmp_path / "adapter", model)
+    adapted = served(llm, LoRARequest("adapter", 1, str(tmp_path / "adapter")))
     llm.llm_engine.engine_core.shutdown()
-    assert (logprobs - meant(model)).abs().max() < 0.1
+    assert (logprobs - expected).abs().max() < 0.1
+    assert (adapted - meant(model)).abs().max() < 0.1 < (adapted - logprobs).abs().max()
 
 
 @needs_amx
