@@ -142,6 +142,7 @@ def build_paged_attention(
             cache_config=cache_config,
             logits_soft_cap=layer.logits_soft_cap,
             per_layer_sliding_window=layer.sliding_window,
+            quant_config=vllm_config.quant_config,  # of the KV cache
             prefix=prefix,
             **extra,
         )

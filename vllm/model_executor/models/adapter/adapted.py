@@ -53,6 +53,7 @@ class AdaptedModel:
             site: SiteAttention(site, attention, vllm_config)
             for site, attention in seen.attention.items()
         }
+        self._layers = layers
         self._attention = dict(layers)
         # For vLLM, which looks for attention layers among a model's modules.
         self.layers = nn.ModuleList(layers.values())
@@ -85,6 +86,11 @@ class AdaptedModel:
             positions.long(),
             received,
         )
+
+    @property
+    def attention(self) -> dict[str, TrainableAttention]:
+        """The attention layers, by the submodule that makes the call."""
+        return {site.path: layer.attention for site, layer in self._layers.items()}
 
     @property
     def keywords(self) -> frozenset[str]:

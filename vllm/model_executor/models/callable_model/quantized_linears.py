@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, cast
 
 import torch
@@ -149,23 +149,6 @@ def quantize_linears(
             ", ".join(dict.fromkeys(map(_pattern, reached))),
             _what_stays(left | _other_weights(module), set(map(_pattern, reached))),
         )
-
-
-def without_unused(
-    module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterable[tuple[str, torch.Tensor]]:
-    """`weights` without what GPTQ's files have for kernels that are not used.
-
-    Where groups of inputs are in order, only the files have an index of them.
-    """
-    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    used = (
-        (name, tensor)
-        for name, tensor in weights
-        if name in known or not name.endswith(".g_idx")
-    )
-    # A collection is checked before anything of it is written.
-    return list(used) if isinstance(weights, Collection) else used
 
 
 def _outputs(part: nn.Linear, ranks: int) -> int:

@@ -48,7 +48,7 @@ from .logits import check_logits, logits_function
 from .messages import describe
 from .mrope import PositionsOfSeveralAxes
 from .precision import round_constants
-from .quantized_linears import without_unused
+from .quantized_weights import attention_of, of_module
 
 if TYPE_CHECKING:
     from vllm.lora.hooked_manager import HookedLoRAManager
@@ -320,7 +320,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         source = self._vllm_config.model_config.model
         weights = readable(weights, source)
         if self._vllm_config.quant_config is not None:
-            weights = without_unused(self.module, weights)
+            weights = of_module(self.module, attention_of(self), weights)
         return self._weights.load_model(self, weights, source)
 
     def weights_problem(self) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -19,8 +19,7 @@ from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.distributed.weight_sync import WeightSync
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.callable_model import quantized_linears
-
-pytestmark = pytest.mark.engine
+from vllm.model_executor.models.callable_model.quantized_weights import of_module
 
 PROMPT = list(range(40))
 GROUP = 64
@@ -228,6 +227,7 @@ def quantized_layers(worker: Any) -> dict[str, str]:
     }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("quantize", "quantization", "method", "distance"),
     [
@@ -276,6 +276,7 @@ def save_adapter(folder: Path, model: nn.Module) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.engine
 def test_divided_by_a_plan(tmp_path, monkeypatch):
     """Transformers' own plan of the class, on two ranks; an adapter on top."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -290,6 +291,7 @@ def test_divided_by_a_plan(tmp_path, monkeypatch):
     assert (adapted - meant(model)).abs().max() < 0.1 < (adapted - logprobs).abs().max()
 
 
+@pytest.mark.engine
 @needs_amx
 def test_updates_are_quantized_again(tmp_path):
     """After an update an engine has the bits of one that starts with its weights."""
@@ -314,3 +316,67 @@ def test_updates_are_quantized_again(tmp_path):
     again = served(fresh)
     fresh.llm_engine.engine_core.shutdown()
     assert torch.equal(after, again) and not torch.equal(after, before)
+
+
+def scales_of(worker: Any) -> list[tuple[float, float]]:
+    layers = worker.get_model().adapted.layers
+    paged = [layer.attention.paged for layer in layers]
+    return [(one._k_scale_float, one._v_scale_float) for one in paged]
+
+
+@pytest.mark.engine
+def test_calibrated_scales_of_a_kv_cache(tmp_path):
+    """Keys that float8 cannot hold are cached by the checkpoint's scales."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    quantization = COMPRESSED | {"kv_cache_scheme": scheme | {"symmetric": True}}
+    model = save_quantized(tmp_path, int8_channels, quantization)
+    state = load_file(tmp_path / "model.safetensors")
+    for i, layer in enumerate(model.model.layers):
+        attention = f"model.layers.{i}.self_attn"
+        # The same model, of larger keys and smaller queries.
+        for name, factor in (("k_proj", 1000), ("q_proj", 1 / 1000)):
+            state[f"{attention}.{name}.weight_scale"] *= factor
+            getattr(layer.self_attn, name).weight.data *= factor
+        state[f"{attention}.k_scale"] = torch.tensor(30.0 + i)
+        state[f"{attention}.v_proj.v_scale"] = torch.tensor(0.0625)
+    save_file(state, tmp_path / "model.safetensors")
+    llm = start(tmp_path)
+    logprobs = served(llm)
+    (scales,) = llm.collective_rpc(scales_of)
+    llm.collective_rpc("reload_weights")
+    again = served(llm)
+    llm.llm_engine.engine_core.shutdown()
+    assert scales == [(30.0, 0.0625), (31.0, 0.0625)]
+    # Without scales it is 0.38, because the keys are cut to 448.
+    assert (logprobs - meant(model)).abs().mean() < 0.2
+    assert torch.equal(logprobs, again)
+
+
+class _Cache(torch.nn.Module):
+    kv_cache_dtype = "fp8"
+    _k_scale_float = 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("layers.0.attn.k_scale", True),
+        ("layers.0.attn.k_proj.k_scale", True),
+        ("layers.0.attn.kv_scale", True),
+        ("layers.0.k_scale", True),  # the only one inside
+        ("layers.0.mlp.k_scale", False),
+        ("k_scale", False),
+        ("layers.0.mlp.g_idx", True),
+        ("layers.0.mlp.weight", False),
+    ],
+)
+def test_what_a_quantized_checkpoint_has_beside_weights(name, taken):
+    caches = {"layers.0.attn": _Cache()}
+    rest = of_module(nn.Identity(), caches, [(name, torch.tensor(2.0))])
+    assert rest == ([] if taken else [(name, 2.0)])
+
+
+def test_scales_of_a_cache_in_use_cannot_change():
+    weights = [("layers.0.attn.k_scale", torch.tensor(3.0))]
+    with pytest.raises(ValueError, match="is 3.0, but the KV cache has 2.0"):
+        of_module(nn.Identity(), {"layers.0.attn": _Cache()}, weights)
