@@ -353,7 +353,7 @@ def test_calibrated_scales_of_a_kv_cache(tmp_path):
 
 
 class _Cache(torch.nn.Module):
-    kv_cache_dtype = "fp8"
+    kv_cache_torch_dtype = torch.float8_e4m3fn
     _k_scale_float = 2.0
 
 

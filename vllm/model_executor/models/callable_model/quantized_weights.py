@@ -14,7 +14,6 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.utils.torch_utils import is_quantized_kv_cache
 
 if TYPE_CHECKING:
     from .wrapper import CallableModelWrapper
@@ -99,8 +98,8 @@ def _load_scale(layer: Any, name: str, scale: torch.Tensor, source: str) -> None
         load(parameter, scale.reshape(parameter.shape))
         return
     # vLLM has taken the parameters of the first load away.
-    if not is_quantized_kv_cache(layer.kv_cache_dtype):
-        return
+    if layer.kv_cache_torch_dtype.itemsize > 1:
+        return  # the cache is not quantized, and has no use for scales
     if (now := getattr(layer, f"_{leaf}_float")) != float(scale):
         raise ValueError(
             f"{source} is {float(scale)}, but the KV cache has {now}. The scales of a "
