@@ -180,7 +180,7 @@ def serve_and_reinforce(
         worst, rewards = 0.0, []
         for step in range(args.steps):
             prompts = problems(args.prompts, seed=2 * 10**6 + step)
-            groups = sampled(prompts, args.n, 1.0)
+            groups = sampled(prompts, args.answers, 1.0)
             mean, difference = grpo_step(subject, model, optimizer, groups)
             worst, rewards = max(worst, largest(difference)), [*rewards, mean]
             version = sync.update()
@@ -252,7 +252,7 @@ if __name__ == "__main__":
     parser.add_argument("--pretrain-steps", type=int, default=70)
     parser.add_argument("--steps", type=int, default=10, help="of GRPO")
     parser.add_argument("--prompts", type=int, default=16, help="in a step")
-    parser.add_argument("--n", type=int, default=8, help="answers to a prompt")
+    parser.add_argument("--answers", type=int, default=8, help="to a prompt")
     parser.add_argument("--adapter-steps", type=int, default=100)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

@@ -103,7 +103,12 @@ class Program:
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):  # it ended since it was listed
                 left.append(f"{process.pid} {' '.join(process.cmdline())}")
-        left += [str(path) for path in self.temporary.iterdir()]
+        left += [
+            str(path)
+            for path in self.temporary.iterdir()
+            # PyTorch's own cache of what it has compiled, which is to stay.
+            if not path.name.startswith("torchinductor_")
+        ]
         return left + sorted(self._segments & set(os.listdir(SHARED_MEMORY)))
 
     def _watch(self) -> None:

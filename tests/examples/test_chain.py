@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = str(Path(__file__).parents[2] / "examples" / "chain.py")
-SMALL = ["--pretrain-steps=20", "--steps=2", "--prompts=4", "--n=4"]
+SMALL = ["--pretrain-steps=20", "--steps=2", "--prompts=4", "--answers=4"]
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

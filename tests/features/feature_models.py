@@ -90,7 +90,10 @@ class Family:
     def transformers(self) -> nn.Module:
         # The engine's dtype, while it builds a model; the config's own is another one.
         dtype = torch.get_default_dtype()
-        return AutoModelForCausalLM.from_config(self.config(), dtype=dtype)
+        # Transformers' sdpa leaves out the caps of a config.
+        return AutoModelForCausalLM.from_config(
+            self.config(), dtype=dtype, attn_implementation="eager"
+        )
 
 
 STATELESS = ("llama", "gemma2", "gpt_oss")
@@ -147,6 +150,7 @@ FAMILIES = {
             **SIZES,
             layer_types=["conv", "full_attention"],
             conv_dim=SHAPE.hidden_size,
+            block_dim=SHAPE.hidden_size,
             block_auto_adjust_ff_dim=False,
         ),
     ),
@@ -221,7 +225,7 @@ def megatron(vllm_config: Any, parallel_context: Any) -> nn.Module:
     return build(SHAPE, groups, model_cls=FromTransformers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class Column:
     """One form of the models.
 
@@ -242,6 +246,8 @@ class Column:
 
 
 NATIVE = Column("vLLM's class", None)
+# Workers of their own draw other random numbers than an engine of one process.
+NATIVE_DIVIDED = Column("vLLM's class, TP = 2", None, {"tensor_parallel_size": 2})
 COLUMNS = [
     Column("a plain module", plain, families=("llama",)),
     Column("Transformers' module, unchanged", transformers_module, families=STATELESS),
@@ -251,6 +257,11 @@ COLUMNS = [
     ),
     Column("Megatron's layers", megatron, families=("llama",), slow=True),
 ]
+
+
+def native_of(column: Column) -> Column:
+    """vLLM's own class, in the layout of `column`."""
+    return NATIVE_DIVIDED if column.options else NATIVE
 
 
 def save(folder: Path, column: Column, family: str, dtype: str, seed: int = 0) -> None:
