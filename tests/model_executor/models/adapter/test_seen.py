@@ -12,6 +12,10 @@ from torch import nn
 
 from vllm.model_executor.models.adapter import Adapter
 from vllm.model_executor.models.adapter.call_forms import CannotBeCalledError
+from vllm.model_executor.models.adapter.transformers_attention import (
+    leaves_out_caps,
+    use_seen_attention,
+)
 from vllm.model_executor.models.adapter.trial import UnservableError
 
 WIDTH, HEADS, LENGTH = 32, 2, 128
@@ -269,3 +273,24 @@ def call_unknown(module, ids, positions):
 
 def test_an_adapter_says_how():
     assert_serves(Unknown(), Adapter(forward=call_unknown))
+
+
+@pytest.mark.parametrize(("implementation", "left_out"), [("sdpa", 1), ("eager", 0)])
+def test_transformers_sdpa_leaves_out_caps(implementation, left_out):
+    """The module's own attention is asked, and not the one that shows its calls."""
+    config = transformers.Gemma2Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation
+        )
+    assert not leaves_out_caps(model)
+    use_seen_attention(model)
+    assert leaves_out_caps(model) == left_out

@@ -12,6 +12,7 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.sequence import IntermediateTensors
@@ -26,6 +27,9 @@ from .library_attention import show_attention
 from .seen import Seen, run_routed, see
 from .sites import PathHooks
 from .tables import Tables
+from .transformers_attention import leaves_out_caps
+
+logger = init_logger(__name__)
 
 
 class AdaptedModel:
@@ -45,6 +49,15 @@ class AdaptedModel:
     ) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             seen = seen.in_stage(module, get_pp_group().is_last_rank)
+        caps = {attention.soft_cap for attention in seen.attention.values()} - {None}
+        if caps and leaves_out_caps(module):
+            logger.warning(
+                "%s attends by Transformers' sdpa, which leaves out the soft cap %s "
+                "that its config has. The engine applies it. Build the module with "
+                "attn_implementation='eager', to train as it is served.",
+                type(module).__name__,
+                ", ".join(map(str, caps)),
+            )
         self.module = module
         self.seen = seen
         self._adapter = adapter

@@ -49,6 +49,15 @@ def use_seen_attention(module: nn.Module, always: bool = False) -> None:
                         own._attn_implementation_internal = NAME
 
 
+def leaves_out_caps(module: nn.Module) -> bool:
+    """Whether Transformers' own attention of `module` ignores a soft cap.
+
+    Its `sdpa` does so without a word, as PyTorch's function takes none.
+    """
+    configs = (getattr(part, "config", None) for part in module.modules())
+    return any(getattr(c, "_own_attn_implementation", None) == "sdpa" for c in configs)
+
+
 @contextmanager
 def own_attention(module: nn.Module) -> Iterator[None]:
     """Within, Transformers' models attend as they did before `use_seen_attention`."""
