@@ -90,7 +90,7 @@ def _positions(
         end = start + feature.mm_position.length
         types[start:end] = TYPE_OF_MODALITY[feature.modality]
         for name, value in (feature.data.get_data() if feature.data else {}).items():
-            if name in wanted:
+            if name in wanted and isinstance(value, torch.Tensor):
                 sizes.setdefault(name, []).append(value.cpu())
     positions, delta = rope_index(
         torch.tensor([input_tokens]),

@@ -153,7 +153,8 @@ def quantize_linears(
 
 def _outputs(part: nn.Linear, ranks: int) -> int:
     """Outputs of the whole layer, of which this rank may have a part."""
-    divided = getattr(part.weight, MARK, False) and part.weight.partition_dim == 0
+    weight: Any = part.weight
+    divided = getattr(weight, MARK, False) and weight.partition_dim == 0
     return part.out_features * (ranks if divided else 1)
 
 
