@@ -156,7 +156,10 @@ def test_a_rank_that_fails_while_it_generates(serve, fault):
     program = serve(fault)
     assert program.ends_within(240) == 1
     assert "EngineDeadError" in the_last_error(program)
-    assert "Worker proc VllmWorker-1 died unexpectedly" in program.output()
+    # Either may come first: the monitor of the processes sees that the rank is gone, or
+    # the other rank's collective does.
+    causes = ("Worker proc VllmWorker-1 died unexpectedly", "gloo/transport/tcp")
+    assert any(cause in program.output() for cause in causes), program.output()
     program.leaves_nothing()
 
 
