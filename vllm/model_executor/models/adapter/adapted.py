@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import cast
 
@@ -102,8 +103,16 @@ class AdaptedModel:
 
     @property
     def attention(self) -> dict[str, TrainableAttention]:
-        """The attention layers, by the submodule that makes the call."""
-        return {site.path: layer.attention for site, layer in self._layers.items()}
+        """The attention layers, by the submodule that makes the call.
+
+        Without those of a submodule that makes several: its name says not which.
+        """
+        calls = Counter(site.path for site in self._layers)
+        return {
+            site.path: layer.attention
+            for site, layer in self._layers.items()
+            if calls[site.path] == 1
+        }
 
     @property
     def keywords(self) -> frozenset[str]:
