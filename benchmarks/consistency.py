@@ -50,6 +50,7 @@ MODES = {
         "leaves": 1,
     },
     "one module, invariant, as divided": {"invariant": True, "as_divided": True},
+    "engine TP=2, trainer on one GPU": {"tp_size": 2, "trainer_alone": True},
     "engine TP=2, trainer on one GPU, invariant": {
         "invariant": True,
         "tp_size": 2,
@@ -131,8 +132,8 @@ def recompute(trainer: Any, sequences: list[list[int]]) -> torch.Tensor:
         return torch.stack([trainer([s])[-NEW_TOKENS:].cpu() for s in sequences])
 
 
-def trainer_alone(head_dim: int, directory: str) -> "OwnTrainer":
-    """A trainer on one GPU, which sums as the ranks of its engine do."""
+def trainer_alone(head_dim: int, directory: str, invariant: bool) -> "OwnTrainer":
+    """A trainer on one GPU; if invariant, it sums as the ranks of its engine do."""
     from safetensors.torch import load_file
 
     from vllm.model_executor.models.plans.whole import sum_as_divided
@@ -141,7 +142,7 @@ def trainer_alone(head_dim: int, directory: str) -> "OwnTrainer":
         model = Llama(SHAPES[head_dim]).to(torch.bfloat16)
     model.load_weights(load_file(Path(directory) / "model.safetensors").items())
     sum_as_divided(model, DIVIDED)
-    return OwnTrainer(model, invariant=True)
+    return OwnTrainer(model, invariant)
 
 
 def recompute_in_parallel(
@@ -294,7 +295,7 @@ def run(mode: str, head_dim: int, directory: str) -> dict[str, Any]:
     elif options.get("trainer_alone"):
         del llm
         cleanup_dist_env_and_memory()
-        trainer = trainer_alone(head_dim, directory)
+        trainer = trainer_alone(head_dim, directory, invariant)
         recomputed = recompute(trainer, sequences)
     elif tp_size > 1:
         del llm

@@ -42,17 +42,23 @@ class MegatronLlama(GPTModel):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load nothing, because speed does not depend on the weights."""
 
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`[tokens]` -> `[tokens, hidden]`."""
+        return self.embedding.word_embeddings(input_ids)
+
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Of a stage after the first, `inputs_embeds` is what the one before sent."""
         embedded = None
-        if self.pre_process:
+        if inputs_embeds is None:
             embedded = self.embedding(input_ids.unsqueeze(0), positions.unsqueeze(0))
+        elif self.pre_process:
+            embedded = inputs_embeds.unsqueeze(1)  # [tokens, 1, hidden]
         else:
-            assert inputs_embeds is not None
             # A copy: of a view Megatron makes a leaf, which torch.compile cannot trace.
             self.set_input_tensor(inputs_embeds.unsqueeze(1).clone())
         inv_freq = self.rotary_pos_emb.inv_freq

@@ -31,10 +31,11 @@ class Adapted(NamedTuple):
     says: str
 
 
-def by_tinker(directory: Path, steps: int, *options: str) -> Adapted:
+def by_tinker(directory: Path, steps: int, lr: float, *options: str) -> Adapted:
     """The service samples by vLLM; `options` are its other ones."""
     command = ["vllm_generic.tink", "serve", str(directory), "--sampler=vllm"]
     command += [f"--root={directory / 'tink'}", "--port=0", "--model-name=stock"]
+    command += ["--gpu-memory-utilization=0.3"]
     ready = r"serves .* on (http://\S+),"
     with started([*command, *options], directory / "tink.log", ready) as found:
         client = tinker.ServiceClient(base_url=found[1], api_key="tml-local")
@@ -44,7 +45,7 @@ def by_tinker(directory: Path, steps: int, *options: str) -> Adapted:
         for step in range(steps):
             data = [_datum(p, next_digits(p)) for p in problems(16, seed=step)]
             passed = adapter.forward_backward(data, "cross_entropy")
-            adapter.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+            adapter.optim_step(types.AdamParams(learning_rate=lr)).result()
             loss = passed.result().metrics["loss:sum"] / (len(data) * PROMPT)
         adapted = adapter.save_weights_and_get_sampling_client().result()
         base = client.create_sampling_client(base_model="stock").result()
@@ -95,6 +96,7 @@ def by_peft(
     for step in range(steps):
         prompts = problems(16, seed=step)
         tokens = torch.tensor([p + next_digits(p) for p in prompts])
+        tokens = tokens.to(next(model.parameters()).device)
         logits = subject.logits(adapted, tokens)[:, PROMPT - 1 : -1]
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, PROMPT:].flatten())
         loss.backward()

@@ -33,24 +33,64 @@ LLAMA = LlamaConfig(
     eos_token_id=END,
     dtype="float32",
 )
+LLAMA_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    rope_theta=500000.0,
+    max_position_embeddings=64,
+    bos_token_id=END,
+    eos_token_id=END,
+    dtype="float32",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of the Llama, and the learning rates that suit them."""
+
+    llama: LlamaConfig
+    pretrain_lr: float
+    lr: float
+    adapter_lr: float
+
+
+SHAPES = {
+    "tiny": Shape(LLAMA, 2e-3, 2e-4, 5e-3),
+    "1b": Shape(LLAMA_1B, 2e-4, 5e-6, 1e-3),
+}
 
 
 class Subject:
-    """Transformers' own Llama."""
+    """Transformers' own Llama.
+
+    Args:
+        shape: of the Llama; other models have one size.
+        dtype: in which it is served.
+
+    """
 
     architecture = "LlamaForCausalLM"
     factory = "chain_models:build_llama"
 
+    def __init__(self, shape: Shape = SHAPES["tiny"], dtype: str = "float32") -> None:
+        self.shape, self.dtype = shape, dtype
+
     def make(self) -> nn.Module:
-        """The trainer's module, with random weights."""
-        return AutoModelForCausalLM.from_config(LLAMA)
+        """The trainer's module, with random weights in float32."""
+        return AutoModelForCausalLM.from_config(self.shape.llama)
 
     def logits(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """Of `[batch, seq]`: `[batch, seq, vocab]`."""
         return model(tokens).logits
 
     def config(self) -> dict[str, Any]:
-        return LLAMA.to_dict() | {"architectures": [self.architecture]}
+        own = {"architectures": [self.architecture], "dtype": self.dtype}
+        return self.shape.llama.to_dict() | own
 
     def save(self, weights: Weights, directory: Path) -> None:
         """The directory that `vllm serve` reads, of a whole state dict."""
@@ -66,7 +106,9 @@ def build_llama(vllm_config: Any, parallel_context: Any) -> nn.Module:
 
 
 def _write(config: dict[str, Any], weights: Weights, directory: Path) -> None:
-    whole = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+    dtype = getattr(torch, config["dtype"])
+    whole = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    whole = {name: tensor.contiguous() for name, tensor in whole.items()}
     save_file(whole, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory)
@@ -179,7 +221,7 @@ class NanoGPT(Subject):
             "num_attention_heads": own.n_head,
             "num_hidden_layers": own.n_layer,
             "max_position_embeddings": own.block_size,
-            "dtype": "float32",
+            "dtype": self.dtype,
         }
 
 
@@ -201,7 +243,7 @@ class Megatron(Subject):
     def make(self) -> nn.Module:
         from vllm_generic.tink.backends.megatron_trainer import megatron_model
 
-        model = megatron_model(AutoModelForCausalLM.from_config(LLAMA))
+        model = megatron_model(super().make())
         return model.train().requires_grad_()
 
     def logits(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -216,7 +258,7 @@ class Megatron(Subject):
         """Under Hugging Face's names: the service makes a GPTModel of them again."""
         from vllm_generic.tink.backends.megatron_names import Names
 
-        names = Names(LLAMA)
+        names = Names(self.shape.llama)
         found = {}
         for name, parts in names.parts.items():
             if (whole := weights.get(f"{name}.weight")) is None:
@@ -224,7 +266,7 @@ class Megatron(Subject):
             rows = names.rows(name) or [torch.arange(len(whole))]
             for part, index in zip(parts, rows, strict=True):
                 found[f"{part}.weight"] = whole[index]
-        Subject().save(found, directory)
+        Subject(self.shape, self.dtype).save(found, directory)
 
 
 def build_megatron(vllm_config: Any, parallel_context: Any) -> nn.Module:

@@ -57,7 +57,8 @@ def served(
     command += ["--model-class-overrides", override]
     command += ["--served-model-name=stock", "--max-model-len=64", "--enforce-eager"]
     # nanoGPT's model takes as many tokens in one step as it has positions
-    command += ["--dtype=float32", "--max-num-batched-tokens=512"]
+    command += [f"--dtype={subject.dtype}", "--max-num-batched-tokens=512"]
+    command += ["--gpu-memory-utilization=0.3"]  # the trainer has the rest
     command += [f"--tensor-parallel-size={ranks}", *options]
     log = directory / "serve.log"
     with started(command, log, "Application startup complete"):

@@ -253,7 +253,11 @@ COLUMNS = [
     Column("Transformers' module, unchanged", transformers_module, families=STATELESS),
     Column("vLLM's layers", vllm_layers),
     Column(
-        "a plan, TP = 2", transformers_module, {"tensor_parallel_size": 2}, slow=True
+        "a plan, TP = 2",
+        transformers_module,
+        {"tensor_parallel_size": 2},
+        families=STATELESS,
+        slow=True,
     ),
     Column("Megatron's layers", megatron, families=("llama",), slow=True),
 ]

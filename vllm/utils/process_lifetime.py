@@ -64,6 +64,10 @@ def remove_with(socket: zmq.Socket, address: str) -> None:
         Finalize(socket, _remove, (path,), exitpriority=0)
 
 
+# In a worker, set once its executor shuts down, or is gone.
+_executor_gone = threading.Event()
+
+
 def _remove(path: str) -> None:
     with suppress(FileNotFoundError):  # its directory has been removed
         os.unlink(path)
@@ -152,11 +156,22 @@ def exit_with_executor(death_pipe: Connection, ready_pipe: Connection) -> None:
 
     def exit_now() -> None:
         wait([death_pipe])
+        _executor_gone.set()
         if ready_pipe.closed:
             time.sleep(envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS)
         os._exit(1)
 
     _in_background(exit_now)
+
+
+def exit_without_executor() -> None:
+    """End this worker if its executor shuts down, or is gone, else return.
+
+    A worker whose peers have ended fails in the next collective, and nobody is left to
+    whom that error would say something.
+    """
+    if _executor_gone.is_set():
+        os._exit(1)
 
 
 def _prepare_child() -> None:

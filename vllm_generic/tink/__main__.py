@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         default=int(os.environ.get("VLLM_MAX_LORA_RANK", 32)),
         help="of adapters that vLLM samples from; also VLLM_MAX_LORA_RANK",
     )
+    serve.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=Settings.gpu_memory_utilization,
+        help="of vLLM's engine; the trainer needs the rest",
+    )
     serve.add_argument("--max-queued-training", type=int, default=256)
     serve.add_argument("--max-queued-sampling", type=int, default=2048)
     serve.add_argument(
@@ -116,6 +122,7 @@ def main() -> int:
             vllm_urls=tuple(vllm_urls()),
             megatron_url=os.environ.get("MEGATRON_SERVER_URL", Settings.megatron_url),
             max_lora_rank=arguments.max_lora_rank,
+            gpu_memory_utilization=arguments.gpu_memory_utilization,
             max_adapters=arguments.max_adapters,
         )
     )

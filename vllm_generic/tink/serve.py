@@ -98,9 +98,7 @@ def _sampler(
     from transformers import AutoTokenizer
 
     if settings.has_engine and isinstance(module, PackedModel):
-        return VLLMSampler(
-            folder, settings.device, settings.max_adapters, settings.max_lora_rank
-        )
+        return VLLMSampler(folder, settings)
     local = HFSampler(
         base,
         copy_sharing_parameters(module)

@@ -66,6 +66,8 @@ class Settings:
     max_body_bytes: int = 64 * 1024 * 1024
     max_adapters: int = 8
     max_lora_rank: int = 32  # of adapters that vLLM samples from
+    # of the engine in this process; the trainer has the rest
+    gpu_memory_utilization: float = 0.5
     long_poll_seconds: float = 30.0  # the client gives up after 45
     idle_seconds: float = 3600.0  # until a run's adapter is unloaded
     keep_results_seconds: float = 3600.0

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from vllm.config import CompilationMode, ParallelConfig
 from vllm.distributed import parallel_state
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.trainable_attention import kv_caches
 from vllm.model_executor.models.callable_model import (
     CALLBACK_VERSION,
@@ -25,6 +26,7 @@ from vllm.model_executor.models.callable_model import (
 from vllm.model_executor.models.callable_model.checks import check_config
 from vllm.model_executor.models.callable_model.logits import (
     check_logits,
+    is_undefined_at_warm_up,
     logits_function,
 )
 from vllm.model_executor.parallel_context import ParallelContext
@@ -127,6 +129,32 @@ def test_ids_that_are_no_tokens_may_be_masked(row):
 def test_overflow(row, message):
     with pytest.raises(ValueError, match=message):
         check_logits("M", torch.tensor([[0.0, 1.0], row]))
+
+
+class VllmState(nn.Module, MambaBase):
+    """As one of vLLM's layers with a state."""
+
+    mamba_type = "mamba2"
+
+    def get_state_shape(self):
+        return ((1,),)
+
+    def get_state_dtype(self):
+        return (torch.float32,)
+
+
+class OwnState(VllmState):
+    def get_kv_cache_spec(self, vllm_config):
+        return None
+
+
+@pytest.mark.parametrize(
+    "layer, undefined", [(VllmState, True), (OwnState, False), (nn.Identity, False)]
+)
+def test_logits_are_not_looked_at_if_vllm_leaves_them_unset_at_warm_up(
+    layer, undefined
+):
+    assert is_undefined_at_warm_up(nn.Sequential(layer())) is undefined
 
 
 def mark_as_megatron(head):

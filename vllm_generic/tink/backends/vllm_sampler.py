@@ -23,6 +23,7 @@ from vllm_generic.tink.backends.base import (
 from vllm_generic.tink.backends.remote_vllm import top_k
 from vllm_generic.tink.backends.shared_versions import SharedVersions
 from vllm_generic.tink.errors import UserError
+from vllm_generic.tink.settings import Settings
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_rank
 
@@ -34,9 +35,7 @@ class VLLMSampler:
     come to it through shared memory.
     """
 
-    def __init__(
-        self, folder: Path, device: str, max_adapters: int, max_rank: int
-    ) -> None:
+    def __init__(self, folder: Path, settings: Settings) -> None:
         try:
             from vllm import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -46,13 +45,14 @@ class VLLMSampler:
             ) from error
 
         packed_model.register(folder)
-        rank: Any = min(known for known in RANKS if known >= max_rank)
+        rank: Any = min(known for known in RANKS if known >= settings.max_lora_rank)
         self._max_rank = rank
         arguments = AsyncEngineArgs(
             model=str(folder),
-            dtype="float32" if device == "cpu" else "auto",
+            dtype="float32" if settings.device == "cpu" else "auto",
+            gpu_memory_utilization=settings.gpu_memory_utilization,
             enable_lora=True,
-            max_loras=max_adapters,
+            max_loras=settings.max_adapters,
             max_lora_rank=rank,
             # log-probabilities of all tokens, where one is asked for by its id
             max_logprobs=-1,
@@ -62,7 +62,7 @@ class VLLMSampler:
         self.tokenizer = self.engine.get_tokenizer()
         self.max_length = self.engine.model_config.max_model_len
         self.vocab_size = self.engine.model_config.get_vocab_size()
-        self._adapters = SharedVersions(most=2 * max_adapters)
+        self._adapters = SharedVersions(most=2 * settings.max_adapters)
 
     def close(self) -> None:
         self.engine.shutdown()

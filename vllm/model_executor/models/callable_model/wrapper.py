@@ -44,7 +44,7 @@ from .checks import (
     warn_without_embeddings,
 )
 from .layer_names import names_of_its_own
-from .logits import check_logits, logits_function
+from .logits import check_logits, is_undefined_at_warm_up, logits_function
 from .messages import describe
 from .mrope import PositionsOfSeveralAxes
 from .precision import round_constants
@@ -156,7 +156,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
                 self._context.tensor_parallel_size,
                 of_module,
             )
-        self._logits_seen = False
+        self._logits_seen = is_undefined_at_warm_up(module)
         self.attention_calls = AttentionCalls()
         self.was_tried = False
         self._registration.check_built(module, layers, vllm_config, self._context)
