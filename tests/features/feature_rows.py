@@ -349,6 +349,6 @@ FEATURES = [
     Feature("states: Mamba-2", logprobs(logprobs=5), "mamba"),
     Feature("states: a gated delta rule", logprobs(logprobs=5), "delta", "BF16"),
     Feature("states: short convolutions", logprobs(logprobs=5), "convolution"),
-    Feature("decode context parallelism", tokens(), "decode context", "Context"),
+    Feature("decode context parallelism", tokens(), "decode context", "Decode context"),
     Feature("prefill context parallelism", tokens(), "prefill context", "context"),
 ]

@@ -135,7 +135,11 @@ def attempt(feature: Feature, subject: Subject) -> Result:
 
 
 def refusal(error: Exception) -> dict[str, str]:
-    return {"refused": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    """Its type and its message, without what pydantic writes around one."""
+    text = " ".join(str(error).split())
+    if inner := re.search(r"Value error, (.+?) \[type=", text):
+        text = inner[1]
+    return {"refused": f"{type(error).__name__}: {text}"[:300]}
 
 
 def refused(result: Result) -> str | None:

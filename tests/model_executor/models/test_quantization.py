@@ -5,7 +5,7 @@
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,6 @@ from vllm.model_executor.models.callable_model.quantized_weights import of_modul
 PROMPT = list(range(40))
 GROUP = 64
 LEFT_OUT = "model.layers.0.mlp.down_proj"
-CPU_FLAGS = Path("/proc/cpuinfo")
-needs_amx = pytest.mark.skipif(
-    not CPU_FLAGS.exists() or "amx_tile" not in CPU_FLAGS.read_text(),
-    reason="vLLM's fp8 kernels for CPUs need AMX",
-)
 # [4 bits], from the lowest on
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -292,7 +287,6 @@ def test_divided_by_a_plan(tmp_path, monkeypatch):
 
 
 @pytest.mark.engine
-@needs_amx
 def test_updates_are_quantized_again(tmp_path):
     """After an update an engine has the bits of one that starts with its weights."""
     model = stock_model().bfloat16()
@@ -316,6 +310,51 @@ def test_updates_are_quantized_again(tmp_path):
     again = served(fresh)
     fresh.llm_engine.engine_core.shutdown()
     assert torch.equal(after, again) and not torch.equal(after, before)
+
+
+class LoadsItself(LlamaForCausalLM):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        own = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights:
+                own[name].copy_(weight)
+
+
+def start_that_loads_itself(folder: Path, **options: Any) -> LLM:
+    ModelRegistry.register_model(
+        "Unchanged", lambda config, context: LoadsItself(config.model_config.hf_config)
+    )
+    return start(folder, **options)
+
+
+@pytest.mark.engine
+def test_a_module_that_loads_its_weights_itself(tmp_path):
+    """What it writes into its linear layers is quantized."""
+    stock_model().bfloat16().save_pretrained(tmp_path)
+    by_name = start(tmp_path, quantization="fp8_per_channel")
+    expected = served(by_name)
+    by_name.llm_engine.engine_core.shutdown()
+    llm = start_that_loads_itself(tmp_path, quantization="fp8_per_channel")
+    (layers,) = llm.collective_rpc(quantized_layers)
+    assert len(layers) == 14 and torch.equal(served(llm), expected)
+    other = stock_model().bfloat16()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.25)
+    other.save_pretrained(tmp_path / "other")
+    paths = [str(tmp_path / "other"), str(tmp_path)]
+    for path, is_first in zip(paths, (False, True), strict=True):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        llm.reset_prefix_cache()
+        assert torch.equal(served(llm), expected) is is_first
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.engine
+def test_quantized_files_cannot_be_loaded_by_a_module_itself(tmp_path):
+    save_quantized(tmp_path, int8_channels, COMPRESSED)
+    with pytest.raises(ValueError, match="has no unquantized weight to write into"):
+        start_that_loads_itself(tmp_path)
 
 
 def scales_of(worker: Any) -> list[tuple[float, float]]:

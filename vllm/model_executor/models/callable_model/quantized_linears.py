@@ -42,7 +42,7 @@ logger = init_logger(__name__)
 REPLACEABLE = (*PLAIN, ColwiseLinear.forward)
 
 
-class _OutputOnly(LinearBase):
+class OutputOnly(LinearBase):
     """Takes `[..., inputs]` and gives `[..., outputs]`, as `nn.Linear` does.
 
     Not all kernels for quantized weights take more than two axes.
@@ -53,19 +53,19 @@ class _OutputOnly(LinearBase):
         return out.unflatten(0, input.shape[:-1])
 
 
-class QuantizedLinear(_OutputOnly, ReplicatedLinear):
+class QuantizedLinear(OutputOnly, ReplicatedLinear):
     """In the place of an `nn.Linear`."""
 
 
-class QuantizedColwiseLinear(_OutputOnly, ColumnParallelLinear):
+class QuantizedColwiseLinear(OutputOnly, ColumnParallelLinear):
     """In the place of a `ColwiseLinear` of a plan."""
 
 
-class QuantizedPackedColwiseLinear(_OutputOnly, MergedColumnParallelLinear):
+class QuantizedPackedColwiseLinear(OutputOnly, MergedColumnParallelLinear):
     """In the place of a `ColwiseLinear` that has several matrices in one."""
 
 
-class QuantizedRowwiseLinear(_OutputOnly, RowParallelLinear):
+class QuantizedRowwiseLinear(OutputOnly, RowParallelLinear):
     """In the place of a `RowwiseLinear` of a plan."""
 
 

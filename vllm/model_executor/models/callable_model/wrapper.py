@@ -47,6 +47,7 @@ from .layer_names import names_of_its_own
 from .logits import check_logits, is_undefined_at_warm_up, logits_function
 from .messages import describe
 from .mrope import PositionsOfSeveralAxes
+from .own_loading import plain_while_loading
 from .precision import round_constants
 from .quantized_weights import attention_of, of_module
 
@@ -299,8 +300,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits `[tokens, vocab]` of hidden states `[tokens, hidden]`.
 
-        Vocabulary-parallel logits are gathered. None on ranks where
-        vLLM's LogitsProcessor returns none.
+        Gathered over the vocabulary; None where vLLM's LogitsProcessor returns none.
         """
         self._weights.require_whole()
         adapters = self.lora_manager
@@ -321,7 +321,8 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         weights = readable(weights, source)
         if self._vllm_config.quant_config is not None:
             weights = of_module(self.module, attention_of(self), weights)
-        return self._weights.load_model(self, weights, source)
+        with plain_while_loading(self._arch, self.module, self._vllm_config):
+            return self._weights.load_model(self, weights, source)
 
     def weights_problem(self) -> str | None:
         """Why the weights cannot be served; asked before the first step with new ones.
