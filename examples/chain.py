@@ -167,6 +167,8 @@ class Joints:
         now = time.perf_counter()
         self.rows.append((name, difference, now - self._since, says))
         self._since = now
+        if RANK == 0:  # the next joint may be a minute away
+            print(f"{name}: {difference:.1e}, {says}", flush=True)
 
     def show(self, title: str) -> None:
         table = Table(title=title)
