@@ -336,10 +336,16 @@ def run(case: Case, ranks: int, stages: int) -> dict[str, Any]:
             return {"refused": f"{type(error).__name__}: {first_line(error)}"}
         forward = case.reference or full_forward
         report = validate(llm, lambda ids: forward(module, ids), PROMPTS, max_tokens=16)
+        # Only a model in this process can be asked.
+        compiled = ranks == stages == 1 and llm.apply_model(is_compiled)[0]
     values = {check.name: check.value for check in report.checks}
     greedy = values["greedy agreement"]
     distance = max(values["max |Δ log p|"], values["prompt max |Δ log p|"])
-    return {"greedy": greedy, "distance": distance}
+    return {"greedy": greedy, "distance": distance, "compiled": compiled}
+
+
+def is_compiled(model: Any) -> bool:
+    return not model.do_not_compile
 
 
 def first_line(error: Exception) -> str:
@@ -368,12 +374,13 @@ def run_apart(index: int, ranks: int = 1, stages: int = 1) -> dict[str, Any]:
     return {"failed": " ".join(done.stderr.split())[-400:]}
 
 
-def cell(result: dict[str, Any], between: str) -> str:
-    """Greedy agreement and distance, or why there are none."""
+def cells(result: dict[str, Any]) -> list[str]:
+    """Greedy agreement, distance and whether it was compiled; or why there are none."""
     if "distance" in result:
-        return f"{result['greedy']:.3f}{between}{result['distance']:.1e}"
+        compiled = "yes" if result["compiled"] else "no"
+        return [f"{result['greedy']:.3f}", f"{result['distance']:.1e}", compiled]
     ((kind, text),) = result.items()
-    return f"{kind}{between}{text}"
+    return [kind, text, "–"]
 
 
 def version(library: str) -> str:
@@ -395,20 +402,22 @@ def main() -> int:
         print(json.dumps(run(CASES[index], *layout)), flush=True)
         return 0
     rows = []
-    columns = "TP=2 | PP=2" if args.layouts else "Greedy agreement | Max abs. Δ log p"
-    print(f"| Library | Model | {columns} |")
-    print("| --- | --- | --- | --- |")
+    titles = ["Library", "Model", "Greedy agreement", "Max abs. Δ log p", "Compiled"]
+    if args.layouts:
+        titles[2:] = ["TP=2", "PP=2"]
+    print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     for index, case in enumerate(CASES):
         if args.only.lower() not in f"{case.library} {case.name}".lower():
             continue
         result: dict[str, Any]
         if args.layouts:
             result = {"TP=2": run_apart(index, 2, 1), "PP=2": run_apart(index, 1, 2)}
-            cells = " | ".join(cell(found, ", ") for found in result.values())
+            found = [", ".join(cells(one)[:2]) for one in result.values()]
         else:
             result = run_apart(index)
-            cells = cell(result, " | ")
-        print(f"| {version(case.library)} | {case.name} | {cells} |", flush=True)
+            found = cells(result)
+        row = [version(case.library), case.name, *found]
+        print(f"| {' | '.join(row)} |", flush=True)
         rows.append({"library": version(case.library), "model": case.name, **result})
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

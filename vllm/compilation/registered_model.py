@@ -65,11 +65,11 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
             # A traced DTensor keeps the number of tokens of the first call, and
             # vLLM has dropped the guards that would notice another number.
             traceable = not _has_wrapped_tensors(self.module)
-            if getattr(self, "adapted", None) is not None:
-                # The module's calls are routed by a mode and by hooks that count them,
-                # which no trace has been proven to keep.
+            adapted = getattr(self, "adapted", None)
+            if adapted is not None and not adapted.can_be_recorded:
                 logger.info(
-                    "%s runs without torch.compile, because its calls are routed.",
+                    "%s runs without torch.compile: calls are not recorded in a "
+                    "pipeline stage, with adapters, or in the exact mode.",
                     type(self.module).__name__,
                 )
                 traceable = False
@@ -78,11 +78,16 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
     def call_or_fall_back(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.do_not_compile or self._agreed_to_compile or _is_eager_call():
             return call(self, *args, **kwargs)
+        adapted = getattr(self, "adapted", None)
         code = self.original_code_object()
         hook = register_bytecode_hook(
             lambda traced, _: _agree_to_compile(self) if traced is code else None
         )
         try:
+            if adapted is not None:
+                # No trace keeps the mode and the hooks by which calls are routed.
+                digest = adapted.record(self.attention_calls, *args, **kwargs)
+                _add_digest(digest, self.vllm_config)
             return call(self, *args, **kwargs)
         except Exception as error:
             if self._agreed_to_compile:
@@ -97,6 +102,8 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
         finally:
             hook.remove()
         self.do_not_compile = True
+        if adapted is not None:
+            adapted.forget_recording()
         logger.warning(
             "%s runs without torch.compile, which cannot trace it (%s). Register "
             "it with supports_torch_compile=False, or start with enforce_eager, "
@@ -200,7 +207,8 @@ def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:
 
     Two callables may build different modules from the same files and the same
     config.json: a lambda's variables are in neither. If a part of the module cannot
-    be determined, its key is unique, so that nothing is found under it.
+    be determined, its key is unique, so that nothing is found under it. Of a module
+    whose forward is recorded the recording's digest is added when there is one.
     """
     if vllm_config.compilation_config.mode == CompilationMode.NONE:
         return
@@ -214,6 +222,10 @@ def add_to_compile_hash(module: nn.Module, vllm_config: VllmConfig) -> None:
             type(module).__name__,
             error,
         )
+    _add_digest(digest, vllm_config)
+
+
+def _add_digest(digest: str, vllm_config: VllmConfig) -> None:
     config: Any = vllm_config.additional_config
     if isinstance(config, dict):
         # There may be two models in one engine.

@@ -248,8 +248,11 @@ def _head(built: Built, report: Report) -> None:
 def _compilation(built: Built, report: Report) -> None:
     if built.vllm_config.model_config.enforce_eager:
         text = "No: enforce_eager is asked for."
-    elif built.adapted is not None:
-        text = "No: its calls are routed. CUDA graphs hold its steps on a GPU."
+    elif built.adapted is not None and not built.adapted.can_be_recorded:
+        text = (
+            "No: calls are not recorded in a pipeline stage, with adapters, or in the "
+            "exact mode."
+        )
     elif getattr(built.model_cls, "supports_torch_compile", True) is False:
         text = "No: it is registered with supports_torch_compile=False."
     elif any(isinstance(p, DTensor) for p in built.module.parameters()):

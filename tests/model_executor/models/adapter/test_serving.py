@@ -3,6 +3,7 @@
 """Unchanged modules in an engine, against their own forward."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from plain_gpt import PlainConfig, PlainGPT
 from safetensors.torch import save_file
 
 from vllm import ModelRegistry
+from vllm.compilation import registered_model
 from vllm.model_executor.models.adapter import Adapter, full_forward
 from vllm.model_validation import validate
 
@@ -80,6 +82,45 @@ def test_transformers(serve, build):
     ids = torch.arange(20)
     (logits,) = llm.apply_model(lambda model: model.adapted.full_forward(ids))
     assert torch.equal(logits, full_forward(module, ids))
+
+
+def is_compiled(model):
+    return not model.do_not_compile
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("build", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
+def test_it_is_compiled(serve, build):
+    """A prompt in chunks, and steps of one token, by one recording of the forward."""
+    ModelRegistry.register_model("Unchanged", lambda config, context: build())
+    llm, module = serve(build, enforce_eager=False)
+    assert llm.apply_model(is_compiled) == [True]
+    assert_same(llm, module)
+
+
+class DependsOnValues(PlainGPT):
+    """Its control flow depends on what the tokens are, as that of some experts does."""
+
+    def forward(self, tokens, targets=None):
+        if int(tokens.max()) < 0:
+            raise ValueError("no token")
+        return super().forward(tokens, targets)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_what_cannot_be_recorded_runs_eagerly(serve, caplog, monkeypatch):
+    monkeypatch.setattr(registered_model, "logger", logging.getLogger("test"))
+    build = lambda: DependsOnValues(PlainConfig(vocab_size=VOCAB))  # noqa: E731
+    ModelRegistry.register_model(
+        "Unchanged",
+        lambda config, context: build(),
+        adapter=Adapter(forward=call_with_labels),
+    )
+    llm, module = serve(build, enforce_eager=False)
+    assert llm.apply_model(is_compiled) == [False]
+    assert "runs without torch.compile, which cannot trace it" in caplog.text
+    assert_same(llm, module)
 
 
 def qwen3():

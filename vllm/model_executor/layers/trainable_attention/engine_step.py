@@ -66,6 +66,10 @@ class EngineStep:
             if found != times:
                 raise RuntimeError(self._other_number(name, f"{found}", times))
 
+    def count_all(self) -> None:
+        """Count every call, as a recording of the forward makes them all."""
+        self._counts = dict(self._calls.counts or {})
+
     def cache_index(self, name: str, caches: int) -> int:
         """Which of its `caches` KV caches the layer `name` uses in the present call.
 

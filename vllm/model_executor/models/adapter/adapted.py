@@ -6,16 +6,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
+from vllm.model_executor.layers.trainable_attention.engine_step import (
+    AttentionCalls,
+    EngineStep,
+    current_step,
+)
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -25,6 +31,7 @@ from .calls import UnservableError
 from .full_forward import full_forward, stage_forward
 from .layers import SiteAttention
 from .library_attention import show_attention
+from .recording import digest, example, record
 from .seen import Seen, run_routed, see
 from .sites import PathHooks
 from .tables import Tables
@@ -72,6 +79,15 @@ class AdaptedModel:
         # For vLLM, which looks for attention layers among a model's modules.
         self.layers = nn.ModuleList(layers.values())
         PathHooks(module, seen.owners)
+        self._recorded: dict[tuple[bool, int], fx.GraphModule] = {}
+        self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        # A stage also takes and gives other tensors. Adapters, which work by hooks, and
+        # the bits of the exact mode were not tried with recordings.
+        self.can_be_recorded = (
+            vllm_config.parallel_config.pipeline_parallel_size == 1
+            and vllm_config.lora_config is None
+            and not envs.VLLM_BATCH_INVARIANT
+        )
 
     def forward(
         self,
@@ -91,15 +107,65 @@ class AdaptedModel:
             inputs = input_ids.long()
         else:
             inputs = inputs_embeds
+        step = current_step()
+        recorded = self._recorded.get(_kind(inputs, positions))
+        if step is not None and recorded is not None:
+            step.count_all()
+            return recorded(inputs, positions.long())
+        return self._routed(inputs, positions.long(), received)
+
+    def _routed(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        received: IntermediateTensors | None = None,
+    ) -> Any:
         return run_routed(
             self.module,
             self.seen,
             self._attention,
             self._tables,
             inputs,
-            positions.long(),
+            positions,
             received,
         )
+
+    def record(
+        self,
+        calls: AttentionCalls,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> str:
+        """Have later steps run a graph of what the module does, which can be compiled.
+
+        The arguments are those of a step, whose values do not matter.
+
+        Returns:
+            What tells the graph from others.
+
+        Raises:
+            UnrecordableError: What it does holds for some numbers of tokens only.
+
+        """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            given = input_ids.long()
+        else:
+            given = inputs_embeds
+        with torch.inference_mode(False), torch.no_grad():
+            inputs, places = example(given, 0), example(positions.long(), -1)
+            with EngineStep(calls):
+                self._routed(inputs, places)  # what is looked at once, with weights
+            with EngineStep(calls):
+                recorded = record(self._routed, inputs, places, self._most_tokens)
+        self._recorded[_kind(inputs, places)] = recorded
+        return digest(recorded)
+
+    def forget_recording(self) -> None:
+        """Have later steps run the module itself."""
+        self._recorded.clear()
 
     @property
     def attention(self) -> dict[str, TrainableAttention]:
@@ -150,6 +216,11 @@ class AdaptedModel:
         if isinstance(result, IntermediateTensors) or self.seen.gives_logits:
             return result
         return self.logits(result)
+
+
+def _kind(inputs: torch.Tensor, positions: torch.Tensor) -> tuple[bool, int]:
+    """Whether a step gets embeddings and not ids, and axes of its positions."""
+    return inputs.is_floating_point(), positions.dim()
 
 
 def look(

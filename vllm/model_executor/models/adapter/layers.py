@@ -69,16 +69,16 @@ class SiteAttention(nn.Module):
         # Zeros add nothing to the scores, nor to the output beside them.
         paged = self.attention.paged
         assert paged is not None  # an engine has built this
-        q, k, v = (
-            F.pad(x, (0, self._padded_dim - x.shape[-1])).to(paged.dtype)
-            for x in (q, k, v)
-        )
+        q, k, v = (self._padded(x).to(paged.dtype) for x in (q, k, v))
         out = self.attention(q, k, v)[..., :value_dim]
         return out.transpose(0, 1)[None].to(call.query.dtype)
 
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        missing = self._padded_dim - x.shape[-1]
+        return F.pad(x, (0, missing)) if missing else x  # F.pad always copies
+
     def _check_repeats(self, call: AttentionCall) -> None:
         """In the first call with weights: the keys and values are repeated indeed."""
-        self._checks_repeats = False
         for x in (call.key, call.value):
             kept = x[:, :: self._repeats].repeat_interleave(self._repeats, dim=1)
             if not torch.allclose(x, kept, equal_nan=True):
@@ -87,6 +87,7 @@ class SiteAttention(nn.Module):
                     "times when the module was tried, and does not with its weights. "
                     "Initialize the module with random weights in the factory."
                 )
+        self._checks_repeats = False
 
 
 def padded_head_size(

@@ -100,7 +100,7 @@ class Routing(TorchFunctionMode):
         return None
 
     def _has_rows(self, tensor: torch.Tensor) -> bool:
-        return tensor.dim() in (2, 3) and tensor.shape[-2] == len(self._positions)
+        return tensor.dim() in (2, 3) and tensor.shape[-2] == self._positions.shape[-1]
 
     def _attend(self, func: Any, call: AttentionCall) -> Any:
         site = self._forward.site(name_of_function(func))

@@ -121,9 +121,8 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
             # In a table of the wrapper's own: the module gets no new children.
             attention = {ATTENTION_LAYERS: self.adapted.layers}
             self.__dict__["_modules"] = {**module._modules, **attention}
-
-        add_to_compile_hash(module, vllm_config)
-
+        if self.adapted is None or not self.adapted.can_be_recorded:
+            add_to_compile_hash(module, vllm_config)
         self._arch = arch
         self._vllm_config = vllm_config
         self._vocab_size = vllm_config.model_config.get_vocab_size()

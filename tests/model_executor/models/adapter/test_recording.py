@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A forward is recorded as a graph for any number of tokens, or not at all."""
+
+import pytest
+import torch
+from torch import nn
+
+from vllm.model_executor.models.adapter.recording import (
+    TOKENS,
+    UnrecordableError,
+    digest,
+    example,
+    record,
+)
+
+MOST = 4096
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, ids, positions):
+        x = self.embedding(ids) * self.scale + positions[:, None]
+        return self.linear(x).view(ids.shape[0], 2, -1).flatten(1)
+
+
+def arguments(tokens):
+    return torch.arange(tokens) % 16, torch.arange(tokens)
+
+
+@torch.no_grad()
+def test_it_holds_for_other_numbers_of_tokens_and_new_values():
+    model = Model()
+    graph = record(model, *arguments(TOKENS), MOST)
+    for parameter in model.parameters():  # in place, as weights are updated
+        parameter.mul_(3)
+    for tokens in (1, 2, 50, MOST):
+        found = graph(*arguments(tokens))
+        assert torch.equal(found, model(*arguments(tokens)))
+    held = {id(p) for p in graph.parameters()}
+    assert held == {id(p) for p in model.parameters()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [20, 64, 2048])
+def test_what_depends_on_the_number_of_tokens_is_refused(limit):
+    model = Model()
+
+    def forward(ids, positions):
+        x = model(ids, positions)
+        return x if ids.shape[0] < limit else -x
+
+    with pytest.raises(UnrecordableError, match=f"for {TOKENS} tokens and false for"):
+        record(forward, *arguments(TOKENS), MOST)
+
+
+def test_examples_are_as_what_a_step_has():
+    ids = example(torch.ones(5, dtype=torch.int64), 0)
+    assert ids.tolist() == [0] * TOKENS
+    embeddings = example(torch.ones(5, 3, dtype=torch.bfloat16), 0)
+    assert embeddings.shape == (TOKENS, 3) and embeddings.dtype == torch.bfloat16
+    positions = example(torch.ones(3, 5, dtype=torch.int64), -1)  # of several axes
+    assert positions.tolist() == [list(range(TOKENS))] * 3
+
+
+@torch.no_grad()
+def test_digests_tell_graphs_apart_and_not_values():
+    def digest_of(model, dtype=torch.float32):
+        return digest(record(model.to(dtype), *arguments(TOKENS), MOST))
+
+    class Other(Model):
+        def forward(self, ids, positions):
+            return super().forward(ids, positions).relu()
+
+    assert digest_of(Model()) == digest_of(Model())
+    others = [digest_of(Other()), digest_of(Model(), torch.bfloat16)]
+    assert len({digest_of(Model()), *others}) == 3

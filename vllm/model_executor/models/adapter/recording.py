@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A routed forward as a graph of operators, which torch.compile takes.
+
+A module's calls are routed by a mode and by hooks that count, and no compiler keeps
+these. So the forward is run once with a symbol for the number of tokens, and what it
+does is kept: its operators, attention by vLLM's layers, and vLLM's positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# Of the run. Not a number that an axis of a module is likely to have.
+TOKENS = 37
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class UnrecordableError(RuntimeError):
+    """A forward does something else for other numbers of tokens."""
+
+
+def example(like: torch.Tensor, axis: int) -> torch.Tensor:
+    """As `like`, with `TOKENS` along `axis`: zeros, or numbers in order if it is -1."""
+    shape = list(like.shape)
+    shape[axis] = TOKENS
+    if axis == 0:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    positions = torch.arange(TOKENS, dtype=like.dtype, device=like.device)
+    return positions.expand(shape).contiguous()
+
+
+def record(
+    forward: Forward, inputs: torch.Tensor, positions: torch.Tensor, most_tokens: int
+) -> fx.GraphModule:
+    """The graph of `forward`, for any number of tokens.
+
+    It has the module's tensors themselves, so that it computes with their values.
+
+    Args:
+        forward: Takes `inputs` and `positions`. Its control flow may not depend on
+            values.
+        inputs: Token ids `[TOKENS]`, or embeddings `[TOKENS, hidden]`.
+        positions: `[TOKENS]`, or `[axes, TOKENS]`.
+        most_tokens: Of a step.
+
+    Raises:
+        UnrecordableError: What it does holds for some numbers of tokens only.
+
+    """
+    # Before dispatch, so that composite operators stay whole, as where Dynamo traces.
+    traced = make_fx(
+        lambda inputs, positions: forward(inputs, positions),
+        tracing_mode="symbolic",
+        pre_dispatch=True,
+        _allow_non_fake_inputs=True,
+    )(inputs, positions)
+    assert traced.shape_env is not None  # the tracing is symbolic
+    for guard in traced.shape_env.guards:
+        # The sizes of parameters are numbers, so each symbol is a number of tokens.
+        symbols = guard.expr.free_symbols
+        for tokens in {2, 3, 8, 16, TOKENS, 128, most_tokens}:
+            if not guard.expr.subs(dict.fromkeys(symbols, tokens)):
+                raise UnrecordableError(
+                    f"it asks whether {guard.expr}, which is true for {TOKENS} tokens "
+                    f"and false for {tokens}"
+                )
+    return traced
+
+
+def digest(graph: fx.GraphModule) -> str:
+    """Of all that compiled code of `graph` depends on: not the values of tensors.
+
+    Equal modules have the same one in every process. If an argument cannot be written
+    as text, it is unique.
+    """
+    if " object at 0x" in graph.code:
+        return uuid.uuid4().hex
+    found = hashlib.sha256(graph.code.encode())
+    for node in graph.graph.find_nodes(op="get_attr"):
+        tensor = getattr(graph, node.target)
+        about = (tensor.dtype, tensor.device.type, tensor.shape, tensor.stride())
+        found.update(f"{node.target}: {about}\n".encode())
+    return found.hexdigest()
