@@ -175,7 +175,7 @@ def cell(wanted: Result, got: Result, tolerance: float) -> str:
     """What the table says of one feature in one form."""
     why = refused(got)
     if why is not None:
-        return "refused alike" if refused(wanted) is not None else f"refused: {why}"
+        return "refused, too" if refused(wanted) is not None else f"refused: {why}"
     differs = difference(wanted, got, tolerance=tolerance)
     return "equal" if differs is None else f"differs: {differs[:100]}"
 
