@@ -25,8 +25,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         ([], ["--model=nanogpt"]),
         ([], ["--model=megatron"]),
         (TORCHRUN, ["--tensor-parallel-size=2"]),
+        ([], ["--exact"]),
+        ([], ["--exact", "--tensor-parallel-size=2"]),
     ],
-    ids=["llama", "nanogpt", "megatron", "FSDP2 and TP=2"],
+    ids=["llama", "nanogpt", "megatron", "FSDP2 and TP=2", "exact", "exact, TP=2"],
 )
 def test_every_joint_holds(tmp_path, launcher, options):
     if "--model=megatron" in options:
@@ -49,3 +51,6 @@ def test_every_joint_holds(tmp_path, launcher, options):
     ]
     assert all(joint["max_logprob_diff"] <= 1e-4 for joint in joints)
     assert "version 2" in joints[1]["says"]
+    if "--exact" in options:
+        # The adapter's service does not compute in the exact mode on a CPU.
+        assert [joint["max_logprob_diff"] for joint in joints[:3]] == [0.0] * 3

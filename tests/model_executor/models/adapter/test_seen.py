@@ -98,6 +98,28 @@ class CountsTwice(Model):
         return torch.polar(torch.ones_like(angles), angles)
 
 
+class WritesIntoRoom(Model):
+    """What its room holds at first differs from token to token, and is not read."""
+
+    def forward(self, tokens):
+        ids = torch.empty(tokens.shape, dtype=torch.float64)
+        ids[:] = tokens
+        return super().forward(ids.long())
+
+
+@pytest.fixture
+def no_empty_memory_is_equal():
+    """`torch.empty` is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_room_that_is_written_says_nothing(no_empty_memory_is_equal):
+    assert_serves(WritesIntoRoom())
+
+
 def with_attend(function, model=Model):
     """`model` with another attention call in its layers."""
     layer = type("Other", (Layer,), {"attend": lambda self, q, k, v: function(q, k, v)})

@@ -345,8 +345,19 @@ PROMPTS = [[1, 2, 3], [(7 * i * i + 3) % VOCAB for i in range(70)], [9] * 11]
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("build", [plain, llama, qwen3, gpt2])
-def test_equal_bits_in_an_engine_and_a_trainer(build, start, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("build", "ranks"),
+    [
+        (plain, 1),
+        (llama, 1),
+        (qwen3, 1),
+        (gpt2, 1),
+        pytest.param(llama, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_equal_bits_in_an_engine_and_a_trainer(
+    build, ranks, start, tmp_path, monkeypatch
+):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     torch.manual_seed(0)
     trainer = sum_as_divided(use_vllm_attention(build())).eval()
@@ -361,7 +372,12 @@ def test_equal_bits_in_an_engine_and_a_trainer(build, start, tmp_path, monkeypat
     config = SHAPE | {"architectures": ["Unchanged"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     ModelRegistry.register_model("Unchanged", lambda config, context: build())
-    llm = start(model=str(tmp_path), max_num_batched_tokens=64, max_num_seqs=4)
+    llm = start(
+        model=str(tmp_path),
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        tensor_parallel_size=ranks,
+    )
     params = SamplingParams(
         max_tokens=8, logprobs=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from vllm.distributed import differentiable_collectives as collectives
 from vllm.model_executor.layers.tree_linear.product import round_sum
@@ -109,6 +110,12 @@ def total_of_ranks(
         `[..., outputs]`, the same on all ranks.
 
     """
+    if has_torch_function((local,)):
+        # For a mode that watches a module it is one call: how ranks talk is not the
+        # module's doing.
+        return handle_torch_function(
+            total_of_ranks, (local,), local, bias, leaves, dtype, group
+        )
     if leaves == 1:
         total = collectives.all_reduce(local, group)
         return total if bias is None else total + bias

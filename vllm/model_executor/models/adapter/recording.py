@@ -66,7 +66,7 @@ def record(
     for guard in traced.shape_env.guards:
         # The sizes of parameters are numbers, so each symbol is a number of tokens.
         symbols = guard.expr.free_symbols
-        for tokens in {2, 3, 8, 16, TOKENS, 128, most_tokens}:
+        for tokens in range(2, most_tokens + 1):
             if not guard.expr.subs(dict.fromkeys(symbols, tokens)):
                 raise UnrecordableError(
                     f"it asks whether {guard.expr}, which is true for {TOKENS} tokens "

@@ -29,6 +29,7 @@ TOKENS, POSITIONS = "tokens", "positions"
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 # They write into their first argument, and return nothing.
 _WRITES = (torch.Tensor.__setitem__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+_UNDEFINED = (torch.empty, torch.empty_strided)  # say nothing until they are written
 _SELECTS = (torch.Tensor.__getitem__, torch.narrow, torch.select, torch.Tensor.select)
 
 
@@ -199,7 +200,7 @@ class Trial(TorchFunctionMode):
         origins: frozenset[Any],
     ) -> None:
         known = bool(origins)
-        if not known and self._varies(tensor):
+        if not known and func not in _UNDEFINED and self._varies(tensor):
             origin = self._origin(func, site, args, tensor)
             self.origins[origin.site] = origin
             origins = frozenset([origin.site])
