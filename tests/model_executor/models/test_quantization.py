@@ -24,6 +24,13 @@ from vllm.model_executor.models.callable_model.quantized_weights import of_modul
 PROMPT = list(range(40))
 GROUP = 64
 LEFT_OUT = "model.layers.0.mlp.down_proj"
+CPU_FLAGS = Path("/proc/cpuinfo")
+# Without it vLLM has no kernel for 4 bits, nor for an fp8 cache, and its products of
+# int8 saturate.
+needs_avx512 = pytest.mark.skipif(
+    CPU_FLAGS.exists() and "avx512" not in CPU_FLAGS.read_text(),
+    reason="vLLM's kernels for quantized weights and caches on a CPU need AVX-512",
+)
 # [4 bits], from the lowest on
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -223,6 +230,7 @@ def quantized_layers(worker: Any) -> dict[str, str]:
 
 
 @pytest.mark.engine
+@needs_avx512
 @pytest.mark.parametrize(
     ("quantize", "quantization", "method", "distance"),
     [
@@ -272,6 +280,7 @@ def save_adapter(folder: Path, model: nn.Module) -> None:
 
 
 @pytest.mark.engine
+@needs_avx512
 def test_divided_by_a_plan(tmp_path, monkeypatch):
     """Transformers' own plan of the class, on two ranks; an adapter on top."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -364,6 +373,7 @@ def scales_of(worker: Any) -> list[tuple[float, float]]:
 
 
 @pytest.mark.engine
+@needs_avx512
 def test_calibrated_scales_of_a_kv_cache(tmp_path):
     """Keys that float8 cannot hold are cached by the checkpoint's scales."""
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
