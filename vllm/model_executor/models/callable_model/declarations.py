@@ -225,9 +225,7 @@ def check_layers(
             f"{architecture}: is_attention_free is declared, but "
             f"{next(iter(attention))} is attention. Leave is_attention_free out."
         )
-    # PreviousTokens sizes its own blocks.
-    sized_by_vllm = MambaBase.get_kv_cache_spec
-    of_vllm = [n for n in states if type(states[n]).get_kv_cache_spec is sized_by_vllm]
+    of_vllm = [name for name, layer in states.items() if has_state_of_vllm(layer)]
     if of_vllm and vllm_config.cache_config.mamba_block_size is None:
         raise ValueError(
             f"{architecture}: {of_vllm[0]} ({type(states[of_vllm[0]]).__name__}) has a "
@@ -247,6 +245,17 @@ def check_layers(
             f"{architecture}: {declared[0]} is declared, but no layer has a state that "
             f"vLLM keeps. Leave {declared[0]} out."
         )
+
+
+def has_state_of_vllm(layer: object) -> bool:
+    """Whether `layer` is one of vLLM's with a state, as Mamba's are.
+
+    Layers of PreviousTokens, which are not vLLM's, size their own blocks.
+    """
+    sized_by_vllm = MambaBase.get_kv_cache_spec
+    return (
+        isinstance(layer, MambaBase) and type(layer).get_kv_cache_spec is sized_by_vllm
+    )
 
 
 def _is_written(

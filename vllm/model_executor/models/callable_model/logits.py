@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from .declarations import has_state_of_vllm
 
 COMPUTE_LOGITS = "compute_logits(self, hidden_states) -> logits [tokens, vocab]"
 # Hugging Face, Megatron-core and TorchTitan name their output layers so.
@@ -115,16 +116,8 @@ def _is_part_of_outputs(parameter: nn.Parameter, layer: nn.Module, width: int) -
 
 
 def is_undefined_at_warm_up(module: nn.Module) -> bool:
-    """Whether a layer of vLLM's with a state leaves its output unset at warm-up.
-
-    As these do, Mamba's among them, where a step has no attention metadata.
-    """
-    # Layers of PreviousTokens, which are not vLLM's, size their own blocks.
-    sized_by_vllm = MambaBase.get_kv_cache_spec
-    return any(
-        isinstance(part, MambaBase) and type(part).get_kv_cache_spec is sized_by_vllm
-        for part in module.modules()
-    )
+    """Whether a layer of vLLM's leaves its output unset in a step without metadata."""
+    return any(map(has_state_of_vllm, module.modules()))
 
 
 def check_logits(architecture: str, logits: torch.Tensor) -> None:
