@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,8 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 
 def measure_round(
     number: int, names: Sequence[str], turns: int, caches: Path
-) -> dict[str, dict[str, Any]]:
-    """Start every engine once, and time all of them in turns."""
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Start every engine once, and time all of them in turns: what is known by then."""
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}
         for name in rotated(names, number):
@@ -115,7 +115,8 @@ def measure_round(
                 if turn >= 0:
                     results[name]["at_once"].append(at_once)
                     results[name]["alone"] += alone
-    return results
+            if turn >= 0:
+                yield results
 
 
 def main() -> None:
@@ -137,10 +138,12 @@ def main() -> None:
     rounds: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as caches:
         for number in range(args.rounds):
-            rounds.append(measure_round(number, args.engines, args.turns, Path(caches)))
-            if args.json:  # after each, as they take minutes
-                results = {**host(), "rounds": rounds}
-                args.json.write_text(json.dumps(results, indent=1) + "\n")
+            of_turns = measure_round(number, args.engines, args.turns, Path(caches))
+            for results in of_turns:
+                if args.json:  # after each turn, as a round takes minutes
+                    known = {**host(), "rounds": [*rounds, results]}
+                    args.json.write_text(json.dumps(known, indent=1) + "\n")
+            rounds.append(results)
     Console(width=140).print(table(rounds))
 
 

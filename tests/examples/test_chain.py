@@ -52,5 +52,4 @@ def test_every_joint_holds(tmp_path, launcher, options):
     assert all(joint["max_logprob_diff"] <= 1e-4 for joint in joints)
     assert "version 2" in joints[1]["says"]
     if "--exact" in options:
-        # The adapter's service does not compute in the exact mode on a CPU.
-        assert [joint["max_logprob_diff"] for joint in joints[:3]] == [0.0] * 3
+        assert [joint["max_logprob_diff"] for joint in joints] == [0.0] * 4

@@ -12,6 +12,7 @@ import torch
 import uvicorn
 
 import vllm.envs as envs
+from vllm.model_executor.models.plans.whole import sum_as_divided
 from vllm.training.batch_invariance import batch_invariant
 from vllm_generic.tink.app import build_app
 from vllm_generic.tink.backends import hf_model
@@ -62,7 +63,10 @@ def _module(settings: Settings, base: Any) -> PackedModel | WholeModel | None:
     if settings.trainer != "module" and not settings.has_engine:
         return None
     try:
-        return pack(base)
+        packed = pack(base)
+        if envs.VLLM_BATCH_INVARIANT:
+            sum_as_divided(packed)  # as the engine does by the model's own plan
+        return packed
     except ValueError as error:
         logger.warning("one sequence at a time by Hugging Face instead: %s", error)
         return WholeModel(copy_sharing_parameters(base))
@@ -122,7 +126,7 @@ def _sampler(
 def serve(settings: Settings) -> None:
     """Run a service until it is stopped by a signal."""
     with ExitStack() as stack:
-        if settings.device != "cpu" and envs.VLLM_BATCH_INVARIANT:
+        if envs.VLLM_BATCH_INVARIANT:
             # before the first matrix product, as cuBLAS reads its settings once
             stack.enter_context(batch_invariant())
         _serve(settings)

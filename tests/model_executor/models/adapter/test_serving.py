@@ -88,6 +88,12 @@ def is_compiled(model):
     return not model.do_not_compile
 
 
+def products(model):
+    (graph,) = model.adapted._recorded.values()
+    linear = torch.ops.aten.linear.default
+    return len(graph.graph.find_nodes(op="call_function", target=linear))
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("build", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
 def test_it_is_compiled(serve, build):
@@ -95,6 +101,17 @@ def test_it_is_compiled(serve, build):
     ModelRegistry.register_model("Unchanged", lambda config, context: build())
     llm, module = serve(build, enforce_eager=False)
     assert llm.apply_model(is_compiled) == [True]
+    assert_same(llm, module)
+    # Of a Llama's seven in a layer four are left: qkv, o, gate and up, down.
+    layers, of_layer = SHAPE["num_hidden_layers"], 4  # GPT-2 has no nn.Linear there
+    assert llm.apply_model(products) == [layers * of_layer if build is llama else 0]
+
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    state = {name: p.detach() for name, p in module.named_parameters()}
+    llm.apply_model(lambda model: model.load_weights(state.items()))
+    llm.reset_prefix_cache()
     assert_same(llm, module)
 
 

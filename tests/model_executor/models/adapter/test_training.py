@@ -13,6 +13,7 @@ from cached_steps import SHAPE, TOKENS, VOCAB
 from plain_gpt import PlainConfig, PlainGPT
 from ranks import run_ranks
 from safetensors.torch import save_file
+from tiny_model import TinyModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -389,3 +390,10 @@ def test_equal_bits_in_an_engine_and_a_trainer(
             logits = full_forward(trainer, torch.tensor(ids))
             expected = token_log_probs(logits[:-1], torch.tensor(ids[1:]))
             assert served_log_probs(output) == expected.tolist()
+
+
+def test_a_module_with_vllms_attention_stays_as_it_is():
+    module = TinyModel()
+    before = {name: type(part) for name, part in module.named_modules()}
+    assert use_vllm_attention(module) is module
+    assert {name: type(part) for name, part in module.named_modules()} == before

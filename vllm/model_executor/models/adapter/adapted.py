@@ -12,10 +12,9 @@ import torch
 from torch import fx, nn
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.model_executor.layers.trainable_attention.engine_step import (
     AttentionCalls,
@@ -29,8 +28,9 @@ from .adapter import Adapter
 from .call_forms import CannotBeCalledError, is_written_for_vllm
 from .calls import UnservableError
 from .full_forward import full_forward, stage_forward
-from .layers import SiteAttention
+from .layers import SiteAttention, attends_by_vllm
 from .library_attention import show_attention
+from .merged_products import lay_side_by_side
 from .recording import digest, example, record
 from .seen import Seen, run_routed, see
 from .sites import PathHooks
@@ -88,6 +88,9 @@ class AdaptedModel:
             and vllm_config.lora_config is None
             and not envs.VLLM_BATCH_INVARIANT
         )
+        compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
+        if self.can_be_recorded and compiles:
+            lay_side_by_side(module)
 
     def forward(
         self,
@@ -244,10 +247,7 @@ def look(
         CannotBeCalledError: It could not be called.
 
     """
-    if adapter is None and any(
-        isinstance(part, AttentionLayerBase | TrainableAttention)
-        for part in module.modules()
-    ):
+    if adapter is None and attends_by_vllm(module):
         return None
     if type(module).forward is nn.Module.forward and adapter is None:
         return None  # the wrapper says that there is no forward

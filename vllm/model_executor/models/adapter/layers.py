@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention import TrainableAttention
 from vllm.v1.attention.selector import get_attn_backend
 
@@ -18,6 +19,12 @@ from .trial import SeenAttention
 
 # Sizes that one backend or another has beyond those of the model.
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def attends_by_vllm(module: nn.Module) -> bool:
+    """Whether `module` was written with an attention layer of vLLM's."""
+    layers = (AttentionLayerBase, TrainableAttention)
+    return any(isinstance(part, layers) for part in module.modules())
 
 
 class SiteAttention(nn.Module):

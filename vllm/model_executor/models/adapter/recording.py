@@ -17,6 +17,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vllm.logger import init_logger
+
+from .merged_products import merge_products
+
+logger = init_logger(__name__)
+
 # Of the run. Not a number that an axis of a module is likely to have.
 TOKENS = 37
 
@@ -43,6 +49,7 @@ def record(
     """The graph of `forward`, for any number of tokens.
 
     It has the module's tensors themselves, so that it computes with their values.
+    Linear layers that share an input are one product, if `lay_side_by_side` was called.
 
     Args:
         forward: Takes `inputs` and `positions`. Its control flow may not depend on
@@ -55,15 +62,41 @@ def record(
         UnrecordableError: What it does holds for some numbers of tokens only.
 
     """
+    graph = _trace(forward, inputs, positions)
+    _check_any_number(graph, most_tokens)
+    merged = merge_products(graph)
+    if merged is None:
+        return graph
+    try:
+        merged = _trace(merged, inputs, positions)
+        _check_any_number(merged, most_tokens)
+    except (RuntimeError, ValueError) as error:  # of a view that cannot be
+        logger.debug("Products of equal inputs are not merged: %s", error)
+        return graph
+    return merged
+
+
+def _trace(
+    forward: Forward, inputs: torch.Tensor, positions: torch.Tensor
+) -> fx.GraphModule:
     # Before dispatch, so that composite operators stay whole, as where Dynamo traces.
-    traced = make_fx(
+    return make_fx(
         lambda inputs, positions: forward(inputs, positions),
         tracing_mode="symbolic",
         pre_dispatch=True,
         _allow_non_fake_inputs=True,
     )(inputs, positions)
-    assert traced.shape_env is not None  # the tracing is symbolic
-    for guard in traced.shape_env.guards:
+
+
+def _check_any_number(graph: fx.GraphModule, most_tokens: int) -> None:
+    """Check that no question was asked that other numbers of tokens answer otherwise.
+
+    Raises:
+        UnrecordableError: One was.
+
+    """
+    assert graph.shape_env is not None  # the tracing is symbolic
+    for guard in graph.shape_env.guards:
         # The sizes of parameters are numbers, so each symbol is a number of tokens.
         symbols = guard.expr.free_symbols
         for tokens in range(2, most_tokens + 1):
@@ -72,7 +105,6 @@ def record(
                     f"it asks whether {guard.expr}, which is true for {TOKENS} tokens "
                     f"and false for {tokens}"
                 )
-    return traced
 
 
 def digest(graph: fx.GraphModule) -> str:

@@ -22,7 +22,7 @@ from vllm.v1.attention.training.kernel import AttentionParams
 from .adapter import Adapter
 from .calls import AttentionCall, UnservableError, name_of_function
 from .flex import resolved
-from .layers import HEAD_SIZES
+from .layers import HEAD_SIZES, attends_by_vllm
 from .library_attention import show_attention
 from .masks import Documents, UnknownMaskError, documents_of
 from .readers import READERS
@@ -51,7 +51,7 @@ def use_vllm_attention(
     checkpointing, in FSDP's units, in compiled parts. Parameters and names stay.
     Call it before `fully_shard` and `torch.compile`, when the module has its initial
     values or its weights. A call that attends to a KV cache of the module's own is left
-    as it is.
+    as it is, and so is a module that was written with `TrainableAttention`.
 
     Args:
         module: Any module that vLLM serves as it stands; changed in place.
@@ -69,6 +69,8 @@ def use_vllm_attention(
 
     """
     inner = unwrap(module)
+    if adapter is None and attends_by_vllm(inner):
+        return module
     parameter = next(inner.parameters())
     if parameter.is_meta:
         raise UnservableError(
