@@ -196,7 +196,9 @@ def _untar(archive: Path, tree: Path) -> None:
             member.name = member.name.partition("/")[2]
             if member.name:
                 members.append(member)
-        tar.extractall(tree, members, filter="data")
+        # Python before 3.11.4 has no filters; the archive is upstream's own.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(tree, members)
 
 
 def _set_version(tree: Path, archive: Path, release: Release, device: str) -> None:

@@ -64,7 +64,11 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
         if not self.do_not_compile:
             # A traced DTensor keeps the number of tokens of the first call, and
             # vLLM has dropped the guards that would notice another number.
-            traceable = not _has_wrapped_tensors(self.module)
+            # A draft head has another argument with tokens, which has no mark.
+            traceable = not (
+                _has_wrapped_tensors(self.module)
+                or getattr(self, "is_draft_head", False)
+            )
             adapted = getattr(self, "adapted", None)
             if adapted is not None and not adapted.can_be_recorded:
                 logger.info(

@@ -57,6 +57,7 @@ def on_stage(monkeypatch):
                 static_all_moe_layers=[],
             ),
             lora_config=None,
+            speculative_config=None,
         )
         registered = _CallableRegisteredModel(
             "Staged", lambda vllm_config, context: module, {"supports_pp": True}

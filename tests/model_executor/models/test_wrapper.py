@@ -86,6 +86,7 @@ def wrap(monkeypatch):
             additional_config={},
             quant_config=quant_config,
             lora_config=None,
+            speculative_config=None,
             weight_transfer_config=None,
             parallel_config=ParallelConfig(),
             model_config=model_config,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -232,11 +233,19 @@ def check_same_on_all_ranks(
             )
 
 
-def forward_keywords(architecture: str, module: nn.Module) -> frozenset[str] | None:
-    """Names of forward's optional arguments that vLLM may pass, None for any.
+def forward_keywords(
+    architecture: str, module: nn.Module, given: Sequence[str] = ()
+) -> frozenset[str] | None:
+    """Names of forward's other arguments that vLLM may pass, None for any.
+
+    Args:
+        architecture: For the error.
+        module: Whose forward it is.
+        given: Names that vLLM always passes.
 
     Raises:
-        TypeError: forward is missing or cannot take `input_ids` and `positions`.
+        TypeError: forward is missing or cannot take `input_ids`, `positions` and what
+            is given.
 
     """
     kind = type(module).__name__
@@ -244,16 +253,36 @@ def forward_keywords(architecture: str, module: nn.Module) -> frozenset[str] | N
         raise TypeError(f"{architecture}: {kind} has no forward. vLLM calls {FORWARD}.")
     signature = inspect.signature(module.forward)
     try:
-        signature.bind(None, None)
+        signature.bind(None, None, **dict.fromkeys(given))
     except TypeError as error:
+        others = "".join(f" and {name}" for name in given)
         raise TypeError(
             f"{architecture}: {kind}.forward{signature} cannot be called with token "
-            f"ids and positions ({error}). vLLM calls {FORWARD}."
+            f"ids and positions{others} ({error}). vLLM calls {FORWARD}."
         ) from None
     parameters = signature.parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None
     return frozenset(list(signature.parameters)[2:])
+
+
+def check_hidden_states(
+    architecture: str, module: nn.Module, found: Any, tokens: int
+) -> None:
+    """Check that `found`, of a forward of `tokens`, is `[tokens, hidden]`.
+
+    Raises:
+        ValueError: It is not.
+
+    """
+    if isinstance(found, torch.Tensor) and found.dim() == 2 and len(found) == tokens:
+        return
+    raise ValueError(
+        f"{architecture}: {type(module).__name__}.forward returned {describe(found)} "
+        f"for {tokens} tokens; vLLM wants hidden states of shape [{tokens}, hidden]. "
+        "Tokens are flattened: drop the batch axis, and leave the output head to "
+        "compute_logits."
+    )
 
 
 def stage_input(

@@ -88,6 +88,11 @@ class Float32Constants(ParameterMode):
         ]
 
 
+def is_about_dtypes(error: Exception) -> bool:
+    """Whether `error` is what PyTorch raises for operands of two dtypes."""
+    return any(word in str(error) for word in ("dtype", "scalar type"))
+
+
 def round_constants(
     constants: list[tuple[nn.Module, str]], dtype: torch.dtype
 ) -> list[str]:

@@ -32,10 +32,12 @@ from vllm.model_executor.parameters.placement import unregistered_tensors
 from vllm.sequence import IntermediateTensors
 from vllm.v1.engine.startup_failure import enter_stage
 
+from . import draft_head
 from .build import build_module
 from .checks import (
     FORWARD,
     check_config,
+    check_hidden_states,
     check_positions,
     check_quantization,
     check_takes_embeddings,
@@ -45,10 +47,9 @@ from .checks import (
 )
 from .layer_names import names_of_its_own
 from .logits import check_logits, is_undefined_at_warm_up, logits_function
-from .messages import describe
 from .mrope import PositionsOfSeveralAxes
 from .own_loading import plain_while_loading
-from .precision import round_constants
+from .precision import is_about_dtypes, round_constants
 from .quantized_weights import attention_of, of_module
 
 if TYPE_CHECKING:
@@ -100,15 +101,18 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        arch = self._registration.architecture
         registration = self._registration
+        arch = registration.architecture
+        head = draft_head.config_of(arch, vllm_config)
+        self.is_draft_head = head is not None
+        vllm_config = head or vllm_config
         with names_of_its_own(vllm_config, prefix) as layers:
             module, self._constants, seen = build_module(
                 arch,
                 registration.factory,
                 vllm_config,
                 prefix,
-                registration.look,
+                None if self.is_draft_head else registration.look,
                 registration.plan_for,
             )
             self.adapted = registration.adapted(module, vllm_config, seen)
@@ -116,6 +120,8 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         self.__dict__["module"] = module
         for table in MODULE_TABLES:
             self.__dict__[table] = module.__dict__[table]
+        if self.is_draft_head:
+            self.__dict__ |= draft_head.parts_of_its_own(vllm_config)
         if self.adapted is not None:
             self.full_forward = self.adapted.full_forward
             # In a table of the wrapper's own: the module gets no new children.
@@ -137,7 +143,8 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         self._problem: str | None = None
         self._forward_keywords: frozenset[str] | None
         if self.adapted is None:
-            self._forward_keywords = forward_keywords(arch, module)
+            given = (draft_head.HIDDEN,) if self.is_draft_head else ()
+            self._forward_keywords = forward_keywords(arch, module, given)
         else:
             self._forward_keywords = self.adapted.keywords
         self._stage_input = None
@@ -216,11 +223,12 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> Any:
         """Hidden states `[tokens, hidden]` of flattened `input_ids` `[tokens]`.
 
         A pipeline stage that is not the last wraps them as `IntermediateTensors`;
-        one that is not the first gets those of the stage before.
+        one that is not the first gets those of the stage before. A draft head gets
+        those of its target and returns two.
         """
         with EngineStep(self.attention_calls):
             return self.call_module(
@@ -234,7 +242,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> Any:
         """As `forward`, but on whole sequences, outside of an engine step."""
         if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
             inputs_embeds = intermediate_tensors[HIDDEN_STATES]
@@ -266,17 +274,9 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         if isinstance(hidden_states, IntermediateTensors):
             return self._to_next_stage(hidden_states)
         tokens = positions.shape[-1]
-        if (
-            not isinstance(hidden_states, torch.Tensor)
-            or hidden_states.dim() != 2
-            or hidden_states.shape[0] != tokens
-        ):
-            raise ValueError(
-                f"{self._arch}: {type(self.module).__name__}.forward returned "
-                f"{describe(hidden_states)} for {tokens} tokens; vLLM wants hidden "
-                f"states of shape [{tokens}, hidden]. Tokens are flattened: drop the "
-                "batch axis, and leave the output head to compute_logits."
-            )
+        if self.is_draft_head:
+            return draft_head.results(self._arch, hidden_states, tokens)
+        check_hidden_states(self._arch, self.module, hidden_states, tokens)
         if self._context.is_last_stage:
             return hidden_states
         return self._to_next_stage(IntermediateTensors({HIDDEN_STATES: hidden_states}))
@@ -390,12 +390,17 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
             received = IntermediateTensors(
                 {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
             )
+        given = {}
+        if self.is_draft_head:
+            given = draft_head.inputs_of(self._vllm_config, tokens)
         enter_stage("trying the model on a few tokens")
         self.eval()  # as vLLM does once the model is loaded
 
         def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
-            hidden_states = self.forward(input_ids, positions, received)
+            hidden_states = self.forward(input_ids, positions, received, **given)
+            if self.is_draft_head:
+                hidden_states, _ = hidden_states
             if isinstance(hidden_states, torch.Tensor) and not self._pools:
                 self.compute_logits(hidden_states)
 
@@ -409,7 +414,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
             try:
                 run()
             except Exception as error:
-                if not self._constants or not _is_about_dtypes(error):
+                if not self._constants or not is_about_dtypes(error):
                     error.add_note(self._how_it_was_called(tokens))
                     raise
                 self._round_constants(error)
@@ -436,11 +441,6 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
             f"positions [{tokens}]): vLLM calls {FORWARD}, with the tokens of all "
             "sequences on one axis, without a batch axis."
         )
-
-
-def _is_about_dtypes(error: Exception) -> bool:
-    """Whether `error` is what PyTorch raises for operands of two dtypes."""
-    return any(word in str(error) for word in ("dtype", "scalar type"))
 
 
 def pooler_of(wrapper: CallableModelWrapper) -> Any:
