@@ -9,6 +9,7 @@ take them for one matrix.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ def lay_side_by_side(module: nn.Module) -> None:
     users = Counter(_storage(tensor) for _, tensor in named if not tensor.is_meta)
     for part in module.modules():
         siblings = defaultdict(list)
-        for child in dict.fromkeys(part._modules.values()):
+        for child in part.children():
             if isinstance(child, nn.Linear) and _may_move(child, users):
                 weight, bias = child.weight, child.bias
                 key = (weight.shape[1], weight.dtype, weight.device, bias is None)
@@ -64,10 +65,11 @@ def _move(parameters: Sequence[torch.Tensor]) -> None:
 def merge_products(graph: fx.GraphModule) -> fx.GraphModule | None:
     """A graph that computes neighbouring products of one input at once.
 
-    None if there are no such products. Their results are parts of one tensor, which a
-    module that looks at their memory, as by `view(-1)`, may not be able to run with.
+    None if there are no such products, or if something between them writes to memory,
+    which may be the input's. Results are parts of one tensor. A module that looks at
+    their memory, as by `view(-1)`, may not be able to run with that.
     """
-    merged = fx.GraphModule(graph, _copy_of(graph.graph))
+    merged = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     products: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in merged.graph.find_nodes(op="call_function", target=LINEAR):
         x, *parameters = node.all_input_nodes
@@ -76,8 +78,10 @@ def merge_products(graph: fx.GraphModule) -> fx.GraphModule | None:
     number = 0
     for of_input in products.values():
         for neighbours in _neighbours(merged, of_input):
-            _merge(merged, neighbours, f"_merged{number}")
-            number += 1
+            between = _in_order(merged, neighbours)
+            if not any(node.is_impure() for node in between):
+                _merge(merged, between[0], neighbours, f"_merged{number}")
+                number += 1
     if not number:
         return None
     merged.graph.lint()
@@ -85,10 +89,11 @@ def merge_products(graph: fx.GraphModule) -> fx.GraphModule | None:
     return merged
 
 
-def _copy_of(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    return copied
+def _in_order(graph: fx.GraphModule, products: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes from the first of `products` to the last one."""
+    nodes = list(graph.graph.nodes)
+    places = [nodes.index(node) for node in products]
+    return nodes[min(places) : max(places) + 1]
 
 
 def _neighbours(
@@ -119,24 +124,26 @@ def _is_next(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     )
 
 
-def _merge(graph: fx.GraphModule, products: Sequence[fx.Node], name: str) -> None:
+def _merge(
+    graph: fx.GraphModule, first: fx.Node, products: Sequence[fx.Node], name: str
+) -> None:
+    """Put one product before `first`, and its parts in the places of `products`."""
     tensors = [_tensors(graph, node) for node in products]
     rows = [len(weight) for weight, *_ in tensors]
     names = [f"{name}_weight", f"{name}_bias"][: len(tensors[0])]
-    for own, first in zip(names, tensors[0], strict=True):
-        shape = (sum(rows), *first.shape[1:])
-        whole = first.detach().as_strided(shape, first.stride())
+    for own, part in zip(names, tensors[0], strict=True):
+        shape = (sum(rows), *part.shape[1:])
+        whole = part.detach().as_strided(shape, part.stride())
         graph.register_buffer(own, whole, persistent=False)
-    x = products[0].all_input_nodes[0]
-    order = {node: index for index, node in enumerate(graph.graph.nodes)}
-    with graph.graph.inserting_before(min(products, key=order.__getitem__)):
+    x = first.all_input_nodes[0]
+    with graph.graph.inserting_before(first):
         wholes = [graph.graph.get_attr(own) for own in names]
         product = graph.graph.call_function(LINEAR, (x, *wholes))
         split = torch.ops.aten.split_with_sizes.default
         parts = graph.graph.call_function(split, (product, rows, -1))
         for index, node in enumerate(products):
-            part = graph.graph.call_function(operator.getitem, (parts, index))
-            node.replace_all_uses_with(part)
+            result = graph.graph.call_function(operator.getitem, (parts, index))
+            node.replace_all_uses_with(result)
     for node in products:
         parameters = node.all_input_nodes[1:]
         graph.graph.erase_node(node)
