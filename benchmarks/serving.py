@@ -98,7 +98,7 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
 def measure_round(
     number: int, names: Sequence[str], turns: int, caches: Path
 ) -> Iterator[dict[str, dict[str, Any]]]:
-    """Start every engine once, and time all of them in turns: what is known by then."""
+    """Start every engine once, time all of them in turns, and yield after each turn."""
     with ExitStack() as stack:
         engines: dict[str, Engine] = {}
         for name in rotated(names, number):
@@ -138,12 +138,13 @@ def main() -> None:
     rounds: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as caches:
         for number in range(args.rounds):
-            of_turns = measure_round(number, args.engines, args.turns, Path(caches))
-            for results in of_turns:
+            before = rounds
+            turns = measure_round(number, args.engines, args.turns, Path(caches))
+            for results in turns:
+                rounds = [*before, results]
                 if args.json:  # after each turn, as a round takes minutes
-                    known = {**host(), "rounds": [*rounds, results]}
+                    known = {**host(), "rounds": rounds}
                     args.json.write_text(json.dumps(known, indent=1) + "\n")
-            rounds.append(results)
     Console(width=140).print(table(rounds))
 
 

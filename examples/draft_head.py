@@ -23,13 +23,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sums import VOCAB, sequences, train
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.model_executor.layers import TrainableFlashAttention
 
-VOCAB, HIDDEN, HEADS, LENGTH = 31, 64, 2, 128
+HIDDEN, HEADS, LENGTH = 64, 2, 128
 BATCH, TRAINED_LENGTH = 32, 80
 DRAFTED = 3  # tokens in a step of the target
 TARGET = LlamaConfig(
@@ -70,56 +71,38 @@ class Head(nn.Module):
         return x + self.contract(F.gelu(self.expand(x)))
 
 
-def sequences(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`[count, length]`, of random beginnings."""
-    rows = torch.randint(VOCAB, (count, length), generator=generator)
-    for i in range(2, length):
-        rows[:, i] = (rows[:, i - 1] + rows[:, i - 2]) % VOCAB
-    return rows
-
-
 def train_target(steps: int) -> Any:
     model = AutoModelForCausalLM.from_config(TARGET)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        rows = sequences(BATCH, TRAINED_LENGTH, generator)
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
         logits = model(rows[:, :-1]).logits  # [batch, length - 1, vocab]
         # Nothing can be known of the second token.
-        loss = F.cross_entropy(logits[:, 1:].flatten(0, 1), rows[:, 2:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"target, step {step}: loss {loss.item():.4f}", flush=True)
-    return model.eval()
+        return F.cross_entropy(logits[:, 1:].flatten(0, 1), rows[:, 2:].flatten())
+
+    train("target", model, loss_of, steps, BATCH, TRAINED_LENGTH)
+    return model
 
 
 def train_head(target: Any, steps: int) -> Head:
     """It learns the target's distributions, and hidden states to go on from."""
     head = Head()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(1)
     positions = torch.arange(TRAINED_LENGTH - 2).expand(BATCH, -1)
-    for step in range(steps):
-        rows = sequences(BATCH, TRAINED_LENGTH, generator)
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             states = target.model(rows).last_hidden_state  # [batch, length, hidden]
             wanted = target.lm_head(states[:, 1:-1]).softmax(-1)
         drafted = head(rows[:, 1:-1], positions, states[:, :-2])
         # What it returns takes the place of the target's in its next step.
         again = head(rows[:, 2:-1], positions[:, 1:], drafted[:, :-1])
-        loss = F.cross_entropy(
+        return F.cross_entropy(
             head.lm_head(drafted).flatten(0, 1), wanted.flatten(0, 1)
         ) + F.cross_entropy(
             head.lm_head(again).flatten(0, 1), wanted[:, 1:].flatten(0, 1)
         )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"head, step {step}: loss {loss.item():.4f}", flush=True)
-    return head.eval()
+
+    train("head", head, loss_of, steps, BATCH, TRAINED_LENGTH, seed=1)
+    return head
 
 
 def save_head(head: Head, folder: Path) -> None:

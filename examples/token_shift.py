@@ -23,6 +23,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sums import VOCAB, sequences, train
 from torch import nn
 
 from vllm import LLM, ModelRegistry
@@ -30,7 +31,7 @@ from vllm.model_executor.layers import TrainableFlashAttention
 from vllm.model_executor.layers.previous_tokens import PreviousTokens
 from vllm.model_validation import validate
 
-VOCAB, HIDDEN, HEADS, LENGTH = 31, 64, 2, 128
+HIDDEN, HEADS, LENGTH = 64, 2, 128
 
 
 class Model(nn.Module):
@@ -54,31 +55,18 @@ class Model(nn.Module):
         return self.norm(x + self.contract(F.gelu(self.expand(x))))
 
 
-def sequences(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`[count, length]`, of random beginnings."""
-    rows = torch.randint(VOCAB, (count, length), generator=generator)
-    for i in range(2, length):
-        rows[:, i] = (rows[:, i - 1] + rows[:, i - 2]) % VOCAB
-    return rows
-
-
-def train(steps: int) -> Model:
+def trained(steps: int) -> Model:
     torch.manual_seed(0)
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
     positions = torch.arange(15).expand(64, -1)
-    for step in range(steps):
-        rows = sequences(64, 16, generator)
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
         logits = model.lm_head(model(rows[:, :-1], positions))  # [64, 15, vocab]
         # Nothing can be known of the second token.
-        loss = F.cross_entropy(logits[:, 1:].flatten(0, 1), rows[:, 2:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.4f}", flush=True)
-    return model.eval()
+        return F.cross_entropy(logits[:, 1:].flatten(0, 1), rows[:, 2:].flatten())
+
+    train("model", model, loss_of, steps, count=64, length=16)
+    return model
 
 
 def serve(model: Model, folder: Path) -> dict[str, Any]:
@@ -127,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    model = train(args.steps)
+    model = trained(args.steps)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         print(json.dumps(serve(model, Path(folder))))
 

@@ -64,12 +64,13 @@ def _module(settings: Settings, base: Any) -> PackedModel | WholeModel | None:
         return None
     try:
         packed = pack(base)
-        if envs.VLLM_BATCH_INVARIANT:
-            sum_as_divided(packed)  # as the engine does by the model's own plan
-        return packed
     except ValueError as error:
         logger.warning("one sequence at a time by Hugging Face instead: %s", error)
         return WholeModel(copy_sharing_parameters(base))
+    if envs.VLLM_BATCH_INVARIANT:
+        # The engine divides sums by the model's own tp_plan, also on one rank.
+        sum_as_divided(packed)
+    return packed
 
 
 def _trainer(

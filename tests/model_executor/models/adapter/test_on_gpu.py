@@ -26,8 +26,6 @@ MODELS = [
     "Mixtral",
     "Qwen3-MoE",
 ]
-
-
 # A graph of their forward is compiled, which loops over chosen experts have none of.
 COMPILED = ["a GPT in plain PyTorch", "Llama", "GPT-2", "Phi-3", "Gemma 2", "Gemma 3"]
 

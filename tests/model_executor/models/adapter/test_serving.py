@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from vllm import ModelRegistry
 from vllm.compilation import registered_model
 from vllm.model_executor.models.adapter import Adapter, full_forward
+from vllm.model_executor.models.adapter.merged_products import LINEAR
 from vllm.model_validation import validate
 
 PROMPTS = [[1, 2, 3], [(7 * i * i + 3) % VOCAB for i in range(70)], [9] * 11]
@@ -90,8 +91,7 @@ def is_compiled(model):
 
 def products(model):
     (graph,) = model.adapted._recorded.values()
-    linear = torch.ops.aten.linear.default
-    return len(graph.graph.find_nodes(op="call_function", target=linear))
+    return len(graph.graph.find_nodes(op="call_function", target=LINEAR))
 
 
 @pytest.mark.engine

@@ -266,6 +266,11 @@ def forward_keywords(
     return frozenset(list(signature.parameters)[2:])
 
 
+def is_hidden_states(found: Any, tokens: int) -> bool:
+    """Whether `found` is `[tokens, hidden]`."""
+    return isinstance(found, torch.Tensor) and found.dim() == 2 and len(found) == tokens
+
+
 def check_hidden_states(
     architecture: str, module: nn.Module, found: Any, tokens: int
 ) -> None:
@@ -275,7 +280,7 @@ def check_hidden_states(
         ValueError: It is not.
 
     """
-    if isinstance(found, torch.Tensor) and found.dim() == 2 and len(found) == tokens:
+    if is_hidden_states(found, tokens):
         return
     raise ValueError(
         f"{architecture}: {type(module).__name__}.forward returned {describe(found)} "

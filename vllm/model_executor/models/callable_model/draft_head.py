@@ -20,6 +20,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import get_draft_quant_config
 
+from .checks import is_hidden_states
 from .messages import describe
 
 HIDDEN = "hidden_states"  # of the target, by vLLM's keyword
@@ -31,8 +32,8 @@ def config_of(architecture: str, vllm_config: VllmConfig) -> VllmConfig | None:
     None if `architecture` is no head.
 
     Raises:
-        ValueError: Speculation is by a method that has classes of its own for heads,
-            or in pipeline stages.
+        ValueError: The method of speculation takes vLLM's own heads only, or the engine
+            has pipeline stages.
 
     """
     speculation = vllm_config.speculative_config
@@ -88,7 +89,9 @@ def inputs_of(vllm_config: VllmConfig, tokens: int) -> dict[str, torch.Tensor]:
     return {HIDDEN: torch.zeros(shape, dtype=dtype, device=device)}
 
 
-def results(architecture: str, found: Any, tokens: int) -> tuple[Any, Any]:
+def results(
+    architecture: str, found: Any, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states `[tokens, hidden]` for logits, and for the head's next step.
 
     Raises:
@@ -96,10 +99,7 @@ def results(architecture: str, found: Any, tokens: int) -> tuple[Any, Any]:
 
     """
     both = found if isinstance(found, tuple) else (found, found)
-    if len(both) != 2 or any(
-        not isinstance(part, torch.Tensor) or part.dim() != 2 or len(part) != tokens
-        for part in both
-    ):
+    if len(both) != 2 or not all(is_hidden_states(part, tokens) for part in both):
         raise ValueError(
             f"{architecture}: the draft head returned {describe(found)} for {tokens} "
             f"tokens; expected hidden states [{tokens}, hidden], or two of them: for "

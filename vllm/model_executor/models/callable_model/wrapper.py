@@ -68,6 +68,9 @@ ATTENTION_LAYERS = "vllm_attention_layers"
 
 WARM_UP_TOKENS = 8
 
+# Hidden states, what goes to the next pipeline stage, or a draft head's two results.
+Output = torch.Tensor | IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
+
 
 class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
     """The module that a registered callable built, with vLLM's model interface.
@@ -223,7 +226,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Output:
         """Hidden states `[tokens, hidden]` of flattened `input_ids` `[tokens]`.
 
         A pipeline stage that is not the last wraps them as `IntermediateTensors`;
@@ -242,7 +245,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Output:
         """As `forward`, but on whole sequences, outside of an engine step."""
         if intermediate_tensors is not None and self._stage_input == "inputs_embeds":
             inputs_embeds = intermediate_tensors[HIDDEN_STATES]
@@ -377,38 +380,33 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
 
     @torch.no_grad()
     def _warm_up(self) -> None:
-        device = self._vllm_config.device_config.device
-        tokens = min(
-            WARM_UP_TOKENS, self._vllm_config.scheduler_config.max_num_batched_tokens
-        )
+        config = self._vllm_config
+        device = config.device_config.device
+        tokens = min(WARM_UP_TOKENS, config.scheduler_config.max_num_batched_tokens)
         input_ids = torch.zeros(tokens, dtype=torch.long, device=device)
         positions = torch.zeros(tokens, dtype=torch.long, device=device)
         received = None
         if not self._context.is_first_stage:
-            dtype = self._vllm_config.model_config.dtype
+            dtype = config.model_config.dtype
             empty = self.make_empty_intermediate_tensors(tokens, dtype, device)
             received = IntermediateTensors(
                 {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
             )
-        given = {}
-        if self.is_draft_head:
-            given = draft_head.inputs_of(self._vllm_config, tokens)
+        given = draft_head.inputs_of(config, tokens) if self.is_draft_head else {}
         enter_stage("trying the model on a few tokens")
         self.eval()  # as vLLM does once the model is loaded
 
         def run() -> None:
             # Eagerly: compilation is for vLLM's own warm-up, and its sizes.
             hidden_states = self.forward(input_ids, positions, received, **given)
-            if self.is_draft_head:
+            if isinstance(hidden_states, tuple):
                 hidden_states, _ = hidden_states
             if isinstance(hidden_states, torch.Tensor) and not self._pools:
                 self.compute_logits(hidden_states)
 
         with (
-            set_current_vllm_config(self._vllm_config),
-            set_forward_context(
-                None, self._vllm_config, num_tokens=tokens, skip_compiled=True
-            ),
+            set_current_vllm_config(config),
+            set_forward_context(None, config, num_tokens=tokens, skip_compiled=True),
             a_kv_cache_for_each_call(self, self.attention_calls),
         ):
             try:
