@@ -61,7 +61,7 @@ def test_those_that_lie_side_by_side_are_merged(bias):
         assert parameter is objects[name]
         assert parameter.is_contiguous()
         assert torch.equal(parameter, before[name])
-    graph = record(model, *arguments(TOKENS), 64)
+    graph = record(model, *arguments(TOKENS), 64, 64)
     # k's neighbour is out, which has another input, and then v.
     assert products(graph) == 3
     assert_same(graph, model)
@@ -72,7 +72,7 @@ def test_those_that_lie_side_by_side_are_merged(bias):
 
 @torch.no_grad()
 def test_without_neighbours_nothing_is_merged():
-    graph = record(Model(), *arguments(TOKENS), 64)
+    graph = record(Model(), *arguments(TOKENS), 64, 64)
     assert products(graph) == 4
 
 
@@ -98,7 +98,7 @@ def test_shared_memory_stays_shared(share):
     after = [model.k.weight.data_ptr(), model.v.weight.data_ptr()]
     assert after[0] == before[0]
     assert (after[0] == after[1]) == (before[0] == before[1])
-    assert_same(record(model, *arguments(TOKENS), 64), model)
+    assert_same(record(model, *arguments(TOKENS), 64, 64), model)
 
 
 class Flat(Model):
@@ -137,6 +137,6 @@ class InputInPlace(Model):
 def test_only_what_stays_the_same_is_merged(build, left):
     model = build()
     lay_side_by_side(model)
-    graph = record(model, *arguments(TOKENS), 64)
+    graph = record(model, *arguments(TOKENS), 64, 64)
     assert products(graph) == left
     assert_same(graph, model)

@@ -36,7 +36,7 @@ def arguments(tokens):
 @torch.no_grad()
 def test_it_holds_for_other_numbers_of_tokens_and_new_values():
     model = Model()
-    graph = record(model, *arguments(TOKENS), MOST)
+    graph = record(model, *arguments(TOKENS), MOST, MOST)
     for parameter in model.parameters():  # in place, as weights are updated
         parameter.mul_(3)
     for tokens in (1, 2, 50, MOST):
@@ -65,7 +65,38 @@ def test_what_depends_on_the_number_of_tokens_is_refused(condition):
         return -x if condition(ids.shape[0]) else x
 
     with pytest.raises(UnrecordableError, match=f"for {TOKENS} tokens and false for"):
-        record(forward, *arguments(TOKENS), MOST)
+        record(forward, *arguments(TOKENS), MOST, MOST)
+
+
+@torch.no_grad()
+def test_what_a_module_asks_is_about_one_sequence():
+    model = Model()
+    mask = torch.ones(512, 512)
+
+    def forward(ids, positions):
+        tokens = ids.shape[0]
+        assert tokens <= 512
+        mask[:tokens, :tokens].bool()  # for an attention call, which does not take it
+        return model(ids, positions)
+
+    graph = record(forward, *arguments(TOKENS), 512, MOST)
+    found = graph(*arguments(MOST))
+    assert torch.equal(found, model(*arguments(MOST)))
+    with pytest.raises(UnrecordableError, match="false for 513"):
+        record(forward, *arguments(TOKENS), 513, MOST)
+
+
+@torch.no_grad()
+def test_what_operators_want_holds_for_whole_steps():
+    model = Model()
+    table = torch.randn(512, 8)
+
+    def forward(ids, positions):
+        return model(ids, positions) + table[: ids.shape[0]]
+
+    record(forward, *arguments(TOKENS), 512, 512)
+    with pytest.raises(UnrecordableError, match="false for 513"):
+        record(forward, *arguments(TOKENS), 512, MOST)
 
 
 def test_examples_are_as_what_a_step_has():
@@ -80,7 +111,7 @@ def test_examples_are_as_what_a_step_has():
 @torch.no_grad()
 def test_digests_tell_graphs_apart_and_not_values():
     def digest_of(model, dtype=torch.float32):
-        return digest(record(model.to(dtype), *arguments(TOKENS), MOST))
+        return digest(record(model.to(dtype), *arguments(TOKENS), MOST, MOST))
 
     class Other(Model):
         def forward(self, ids, positions):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from vllm import ModelRegistry
 from vllm.compilation import registered_model
 from vllm.model_executor.models.adapter import Adapter, full_forward
+from vllm.model_executor.models.adapter.calls import UnservableError
 from vllm.model_executor.models.adapter.merged_products import LINEAR
 from vllm.model_validation import validate
 
@@ -52,13 +53,12 @@ def serve(start, tmp_path):
         save_file(state, tmp_path / "model.safetensors")
         config = SHAPE | {"architectures": ["Unchanged"]}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        llm = start(
-            model=str(tmp_path),
-            max_logprobs=-1,
-            max_num_batched_tokens=64,  # the long prompt takes two steps
-            **options,
-        )
-        return llm, module
+        defaults = {
+            "model": str(tmp_path),
+            "max_logprobs": -1,
+            "max_num_batched_tokens": 64,  # the long prompt takes two steps
+        }
+        return start(**defaults | options), module
 
     return served
 
@@ -113,6 +113,33 @@ def test_it_is_compiled(serve, build):
     llm.apply_model(lambda model: model.load_weights(state.items()))
     llm.reset_prefix_cache()
     assert_same(llm, module)
+
+
+@pytest.mark.engine
+def test_a_limit_of_the_length_is_not_one_of_a_steps_tokens(serve):
+    """As in nanoGPT, which refuses sequences that are longer than its context."""
+    ModelRegistry.register_model("Unchanged", lambda config, context: plain())
+    options = {"max_model_len": PlainConfig.context, "max_num_seqs": 8}
+    llm, module = serve(
+        plain, enforce_eager=False, max_num_batched_tokens=1024, **options
+    )
+    assert llm.apply_model(is_compiled) == [True]
+    prompts = [[i, *range(100)] for i in range(8)]  # 808 tokens in the first step
+    report = validate(llm, lambda ids: full_forward(module, ids), prompts, max_tokens=8)
+    assert report.exit_code == 0, str(report)
+
+
+@pytest.mark.engine
+def test_where_nothing_is_recorded_the_limit_is_named(serve):
+    ModelRegistry.register_model("Unchanged", lambda config, context: plain())
+    refusal = (
+        "failed with the 1024 tokens of a step: AssertionError at .*plain_gpt.py:.*, "
+        "«assert tokens <= self.config.context».*max_num_batched_tokens=128"
+    )
+    llm, _ = serve(plain, max_model_len=128, max_num_batched_tokens=1024)
+    ids, positions = torch.zeros(1024).long(), torch.arange(1024) % 128
+    with pytest.raises(UnservableError, match=refusal):
+        llm.apply_model(lambda model: model.adapted.forward(ids, positions))
 
 
 class DependsOnValues(PlainGPT):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
@@ -80,6 +81,7 @@ class AdaptedModel:
         self.layers = nn.ModuleList(layers.values())
         PathHooks(module, seen.owners)
         self._recorded: dict[tuple[bool, int], fx.GraphModule] = {}
+        self._longest = vllm_config.model_config.max_model_len
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # A stage also takes and gives other tensors. Adapters, which work by hooks, and
         # the bits of the exact mode were not tried with recordings.
@@ -115,7 +117,24 @@ class AdaptedModel:
         if step is not None and recorded is not None:
             step.count_all()
             return recorded(inputs, positions.long())
-        return self._routed(inputs, positions.long(), received)
+        try:
+            return self._routed(inputs, positions.long(), received)
+        except (AssertionError, IndexError, ValueError) as error:
+            if len(inputs) <= self._longest:
+                raise
+            raise self._takes_too_many(len(inputs), error) from error
+
+    def _takes_too_many(self, tokens: int, error: Exception) -> UnservableError:
+        *_, place = traceback.extract_tb(error.__traceback__)
+        return UnservableError(
+            f"{type(self.module).__name__} failed with the {tokens} tokens of a step: "
+            f"{type(error).__name__} at {place.filename}:{place.lineno}, "
+            f"«{place.line}». A step of several requests may have more tokens than one "
+            f"sequence, which has at most max_model_len={self._longest}. If that many "
+            "are all that the module takes, start it with "
+            f"max_num_batched_tokens={self._longest}; if it takes fewer, lower "
+            "max_model_len, too."
+        )
 
     def _routed(
         self,
@@ -157,12 +176,15 @@ class AdaptedModel:
             given = input_ids.long()
         else:
             given = inputs_embeds
+
+        def forward(inputs: torch.Tensor, positions: torch.Tensor) -> Any:
+            with EngineStep(calls):
+                return self._routed(inputs, positions)
+
         with torch.inference_mode(False), torch.no_grad():
             inputs, places = example(given, 0), example(positions.long(), -1)
-            with EngineStep(calls):
-                self._routed(inputs, places)  # what is looked at once, with weights
-            with EngineStep(calls):
-                recorded = record(self._routed, inputs, places, self._most_tokens)
+            forward(inputs, places)  # what is looked at once, with weights
+            recorded = record(forward, inputs, places, self._longest, self._most_tokens)
         self._recorded[_kind(inputs, places)] = recorded
         return digest(recorded)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,6 +26,8 @@ logger = init_logger(__name__)
 
 # Of the run. Not a number that an axis of a module is likely to have.
 TOKENS = 37
+# Of a forward, for numbers of tokens to which it may do something else.
+MOST_TRACES = 8
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,18 +36,22 @@ class UnrecordableError(RuntimeError):
     """A forward does something else for other numbers of tokens."""
 
 
-def example(like: torch.Tensor, axis: int) -> torch.Tensor:
-    """As `like`, with `TOKENS` along `axis`: zeros, or numbers in order if it is -1."""
+def example(like: torch.Tensor, axis: int, tokens: int = TOKENS) -> torch.Tensor:
+    """As `like`, with `tokens` along `axis`: zeros, or numbers in order if it is -1."""
     shape = list(like.shape)
-    shape[axis] = TOKENS
+    shape[axis] = tokens
     if axis == 0:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    positions = torch.arange(TOKENS, dtype=like.dtype, device=like.device)
+    positions = torch.arange(tokens, dtype=like.dtype, device=like.device)
     return positions.expand(shape).contiguous()
 
 
 def record(
-    forward: Forward, inputs: torch.Tensor, positions: torch.Tensor, most_tokens: int
+    forward: Forward,
+    inputs: torch.Tensor,
+    positions: torch.Tensor,
+    longest: int,
+    most_tokens: int,
 ) -> fx.GraphModule:
     """The graph of `forward`, for any number of tokens.
 
@@ -56,55 +63,147 @@ def record(
             values.
         inputs: Token ids `[TOKENS]`, or embeddings `[TOKENS, hidden]`.
         positions: `[TOKENS]`, or `[axes, TOKENS]`.
-        most_tokens: Of a step.
+        longest: The most tokens of one sequence.
+        most_tokens: Of a step, which has tokens of several sequences.
 
     Raises:
         UnrecordableError: What it does holds for some numbers of tokens only.
 
     """
     graph = _trace(forward, inputs, positions)
-    _check_any_number(graph, most_tokens)
+    # The module was written for one sequence, so what it asks is about its length.
+    _check_lengths(graph, forward, inputs, positions, longest)
+    # It is not asked again. What operators want has to hold for whole steps.
     merged = merge_products(graph)
-    if merged is None:
-        return graph
-    try:
-        merged = _trace(merged, inputs, positions)
-        _check_any_number(merged, most_tokens)
-    except (RuntimeError, ValueError) as error:  # of a view that cannot be
-        logger.debug("Products of equal inputs are not merged: %s", error)
-        return graph
-    return merged
+    if merged is not None:
+        try:
+            return _trace_steps(merged, inputs, positions, most_tokens)
+        except (RuntimeError, ValueError) as error:  # of a view that cannot be
+            logger.debug("Products of equal inputs are not merged: %s", error)
+    return _trace_steps(graph, inputs, positions, most_tokens)
 
 
 def _trace(
-    forward: Forward, inputs: torch.Tensor, positions: torch.Tensor
+    forward: Forward,
+    inputs: torch.Tensor,
+    positions: torch.Tensor,
+    mode: str = "symbolic",
 ) -> fx.GraphModule:
+    """The operators, with a symbol for the number of tokens, or by "fake" with it."""
     # Before dispatch, so that composite operators stay whole, as where Dynamo traces.
-    return make_fx(
+    graph = make_fx(
         lambda inputs, positions: forward(inputs, positions),
-        tracing_mode="symbolic",
+        tracing_mode=mode,
         pre_dispatch=True,
         _allow_non_fake_inputs=True,
     )(inputs, positions)
+    # Masks are left over, for one, of which vLLM's layers know without them.
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
-def _check_any_number(graph: fx.GraphModule, most_tokens: int) -> None:
-    """Check that no question was asked that other numbers of tokens answer otherwise.
+def _trace_steps(
+    graph: fx.GraphModule,
+    inputs: torch.Tensor,
+    positions: torch.Tensor,
+    most_tokens: int,
+) -> fx.GraphModule:
+    """`graph`, if it holds for steps of up to `most_tokens`.
 
     Raises:
-        UnrecordableError: One was.
+        UnrecordableError: It does not.
 
     """
+    graph = _trace(graph, inputs, positions)
+    for tokens, question in _unlike(graph, range(2, most_tokens + 1)).items():
+        raise _unrecordable(question, tokens)
+    return graph
+
+
+def _check_lengths(
+    graph: fx.GraphModule,
+    forward: Forward,
+    inputs: torch.Tensor,
+    positions: torch.Tensor,
+    longest: int,
+) -> None:
+    """Check that `forward` does what `graph` does with up to `longest` tokens.
+
+    Raises:
+        UnrecordableError: It does something else.
+
+    """
+    pending = _unlike(graph, range(2, longest + 1))
+    for _ in range(MOST_TRACES):
+        if not pending:
+            return
+        # Another answer may lead to the same graph. A mask that is cut to the length
+        # of a sequence asks whether that is all of it, for one.
+        tokens, question = next(iter(pending.items()))
+        given = example(inputs, 0, tokens), example(positions, -1, tokens)
+        try:
+            other = _trace(forward, *given)
+            if _same(graph, other):
+                pending = _unlike(other, pending)
+                continue
+            # The answer may also say how many tokens there are, and with that number
+            # both graphs may be the same.
+            other = _trace(forward, *given, mode="fake")
+        except Exception as error:
+            raise _unrecordable(question, tokens) from error
+        if not _same(_trace(graph, *given, mode="fake"), other):
+            break
+        del pending[tokens]
+    for tokens, question in pending.items():
+        raise _unrecordable(question, tokens)
+
+
+def _unlike(graph: fx.GraphModule, numbers: Iterable[int]) -> dict[int, sympy.Basic]:
+    """Those numbers of tokens that answer a question otherwise than the traced one.
+
+    A question that they answer so is beside each.
+    """
     assert graph.shape_env is not None  # the tracing is symbolic
+    found: dict[int, sympy.Basic] = {}
     for guard in graph.shape_env.guards:
+        question = guard.expr
         # The sizes of parameters are numbers, so each symbol is a number of tokens.
-        symbols = guard.expr.free_symbols
-        for tokens in range(2, most_tokens + 1):
-            if not guard.expr.subs(dict.fromkeys(symbols, tokens)):
-                raise UnrecordableError(
-                    f"it asks whether {guard.expr}, which is true for {TOKENS} tokens "
-                    f"and false for {tokens}"
-                )
+        symbols = sorted(question.free_symbols, key=str)
+        functions = {type(f).__name__: type(f) for f in question.atoms(sympy.Function)}
+        holds = sympy.lambdify(symbols, question, [functions])
+        for tokens in numbers:
+            if not holds(*[tokens] * len(symbols)):
+                found.setdefault(tokens, question)
+    return dict(sorted(found.items()))
+
+
+def _unrecordable(question: sympy.Basic, tokens: int) -> UnrecordableError:
+    return UnrecordableError(
+        f"it asks whether {question}, which is true for {TOKENS} tokens and false for "
+        f"{tokens}"
+    )
+
+
+def _same(graph: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Whether both are the same operators on equal tensors."""
+    if len(graph.graph.nodes) != len(other.graph.nodes):
+        return False
+    in_other: dict[fx.Node, fx.Node] = {}
+    for mine, theirs in zip(graph.graph.nodes, other.graph.nodes, strict=True):
+        in_other[mine] = theirs
+        if mine.op != theirs.op:
+            return False
+        if mine.op == "get_attr":
+            tensors = getattr(graph, mine.target), getattr(other, theirs.target)
+            if not torch.equal(*tensors):
+                return False
+        elif mine.op == "call_function" and mine.target != theirs.target:
+            return False
+        arguments = fx.map_arg((mine.args, mine.kwargs), in_other.__getitem__)
+        if arguments != (theirs.args, theirs.kwargs):
+            return False
+    return True
 
 
 def digest(graph: fx.GraphModule) -> str:
