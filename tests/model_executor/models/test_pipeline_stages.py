@@ -41,6 +41,7 @@ def on_stage(monkeypatch):
             dtype=torch.float32,
             enable_prompt_embeds=False,
             hf_config=PretrainedConfig(),
+            hf_text_config=PretrainedConfig(),
             uses_mrope=False,
             is_multimodal_model=False,
         )

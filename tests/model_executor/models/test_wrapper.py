@@ -79,6 +79,7 @@ def wrap(monkeypatch):
             enable_prompt_embeds=embeds,
             quantization="fp8" if quant_config else None,
             hf_config=PretrainedConfig(),
+            hf_text_config=PretrainedConfig(),
             uses_mrope=False,
             is_multimodal_model=False,
         )

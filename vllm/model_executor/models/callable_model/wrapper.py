@@ -45,6 +45,7 @@ from .checks import (
     stage_input,
     warn_without_embeddings,
 )
+from .config_caps import check_caps
 from .layer_names import names_of_its_own
 from .logits import check_logits, is_undefined_at_warm_up, logits_function
 from .mrope import PositionsOfSeveralAxes
@@ -148,6 +149,7 @@ class CallableModelWrapper(PositionsOfSeveralAxes, nn.Module):
         if self.adapted is None:
             given = (draft_head.HIDDEN,) if self.is_draft_head else ()
             self._forward_keywords = forward_keywords(arch, module, given)
+            check_caps(arch, module, vllm_config.model_config)
         else:
             self._forward_keywords = self.adapted.keywords
         self._stage_input = None
