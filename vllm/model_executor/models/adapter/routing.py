@@ -16,6 +16,7 @@ from .readers import READERS
 from .sites import Running, Site
 from .tables import Tables
 from .trial import Origin
+from .written_out import FOLLOWED, PRODUCT, PRODUCTS, Placeholders, Product
 
 Attend = Callable[[AttentionCall], torch.Tensor]
 
@@ -42,6 +43,7 @@ class Routing(TorchFunctionMode):
         origins: The calls whose results positions replace.
         tables: The module's tensors.
         cut: The call in front of the head, if it is known.
+        scores: The products that begin the scores of attention that is written out.
 
     """
 
@@ -53,9 +55,11 @@ class Routing(TorchFunctionMode):
         origins: Mapping[Site, Origin],
         tables: Tables,
         cut: Site | None,
+        scores: frozenset[Site] = frozenset(),
     ) -> None:
         super().__init__()
         self._forward = forward
+        self._placeholders = Placeholders(scores)
         self._positions = positions
         self._attention = attention
         self._origins = origins
@@ -72,7 +76,14 @@ class Routing(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in READERS:
-            return self._attend(func, READERS[func](*args, **kwargs))
+            site = self._forward.site(name_of_function(func))
+            return self._attend(site, READERS[func](*args, **kwargs))
+        if func in PRODUCTS and self._placeholders.counts_products:
+            return self._product(func, args, kwargs)
+        if func in FOLLOWED:
+            scores = self._placeholders.among(args, kwargs)
+            if scores is not None:
+                return scores
         name = self._counted(func, args)
         if name is None:
             return func(*args, **kwargs)
@@ -102,8 +113,18 @@ class Routing(TorchFunctionMode):
     def _has_rows(self, tensor: torch.Tensor) -> bool:
         return tensor.dim() in (2, 3) and tensor.shape[-2] == self._positions.shape[-1]
 
-    def _attend(self, func: Any, call: AttentionCall) -> Any:
-        site = self._forward.site(name_of_function(func))
+    def _product(self, func: Any, args: Any, kwargs: Any) -> Any:
+        site = self._forward.site(PRODUCT)
+        product = Product.of(func, args)
+        if product is None:
+            return func(*args, **kwargs)
+        scores = self._placeholders.end(product.left)
+        if scores is not None:
+            return self._attend(site, scores.attend(product))
+        placeholder = self._placeholders.begin(site, product)
+        return func(*args, **kwargs) if placeholder is None else placeholder
+
+    def _attend(self, site: Site, call: AttentionCall) -> Any:
         attend = self._attention.get(site)
         if attend is None:
             raise UnservableError(

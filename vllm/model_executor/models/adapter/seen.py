@@ -67,6 +67,12 @@ class Seen:
         )
 
     @property
+    def scores(self) -> frozenset[Site]:
+        """The products that begin the scores of attention that is written out."""
+        found = {attention.scores for attention in self.attention.values()}
+        return frozenset(found - {None})  # type: ignore[arg-type]
+
+    @property
     def cut(self) -> Site | None:
         return None if self.head is None else self.head.cut
 
@@ -155,7 +161,9 @@ def run_routed(
             "takes all of them as an argument named position_ids"
         )
     forward = Running(wants_masks=False)
-    routing = Routing(forward, positions, attention, seen.origins, tables, seen.cut)
+    routing = Routing(
+        forward, positions, attention, seen.origins, tables, seen.cut, seen.scores
+    )
     try:
         with run_as(forward), routing:
             result = run_stage(

@@ -91,6 +91,12 @@ def use_vllm_attention(
         inner.train(training)
     repeats: dict[str, dict[str, int]] = {}
     for site, attention in seen.attention.items():
+        if attention.scores is not None:
+            raise UnservableError(
+                f"attention is written out at {attention.line}. An engine serves that, "
+                "but a trainer keeps its own kernels. For equal bits call "
+                "F.scaled_dot_product_attention there."
+            )
         of_owner = repeats.setdefault(site.path, {})
         # Heads that stand beside themselves 4 times also do so 2 times.
         before = of_owner.get(site.function, attention.repeats)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from .readers import OTHERS, READERS
 from .sites import Running, Site, line_of_model
 from .stand_ins import unseen_caller
 from .tables import Tables, sliced_axis
+from .written_out import PRODUCT, PRODUCTS, WrittenOut
 
 # Marks of values that are computed from the tokens, or from given positions.
 TOKENS, POSITIONS = "tokens", "positions"
-_SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 # They write into their first argument, and return nothing.
 _WRITES = (torch.Tensor.__setitem__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 _UNDEFINED = (torch.empty, torch.empty_strided)  # say nothing until they are written
@@ -47,6 +47,7 @@ class SeenAttention:
     soft_cap: float | None
     sinks: torch.Tensor | None = field(compare=False)
     line: str = field(compare=False)
+    scores: Site | None = None  # the first product, if it is written out
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Trial(TorchFunctionMode):
         # By tensor: the origins of what it was computed from, and how it was selected.
         self._origins_of = WeakIdKeyDictionary()
         self._selected = WeakIdKeyDictionary()
+        self._written = WrittenOut(tokens)
 
     def mark(self, input_ids: torch.Tensor, positions: torch.Tensor) -> None:
         """Tell what the arguments of the module's forward are."""
@@ -146,8 +148,14 @@ class Trial(TorchFunctionMode):
             )
         if func in READERS:
             call = READERS[func](*args, **kwargs)
-            return self._attend(func, call, _tensors((args, kwargs)))
+            site = self._at(name_of_function(func))
+            return self._attend(site, call, _tensors((args, kwargs)))
         site = self._site(func, args)
+        if written := self._written.weights(func, args):
+            assert site is not None
+            scores, product = written
+            given = [*scores.first.operands, product.operands[1]]
+            return self._attend(site, scores.attend(product), given, scores.site)
         result = func(*args, **kwargs)
         given = _tensors((args, kwargs))
         origins: frozenset[Any] = frozenset().union(*map(self.origins_of, given))
@@ -156,8 +164,9 @@ class Trial(TorchFunctionMode):
             results = given[:1]
         for tensor in results:
             self._set_origins(func, site, args, tensor, origins)
+        if TOKENS in origins:
+            self._written.follow(func, site, args, kwargs, results)
         if TOKENS in origins and len(results) == 1:
-            self._check_no_softmax(func, results[0])
             if site is not None and func in _SELECTS:
                 self._selected[results[0]] = (site, given[0])
             self._follow_head(func, site, args, kwargs, results[0])
@@ -167,6 +176,8 @@ class Trial(TorchFunctionMode):
         """The site of a call that may be replaced when the module is served."""
         if func is torch.arange:
             return self._at("arange")
+        if func in PRODUCTS:
+            return self._at(PRODUCT)
         if func is torch.Tensor.__getitem__:
             name = self._tables.name_of(args[0])
             if name is not None:
@@ -232,13 +243,20 @@ class Trial(TorchFunctionMode):
                     return True
         return False
 
-    def _attend(self, func: Any, call: AttentionCall, given: list[torch.Tensor]) -> Any:
-        site = self._at(name_of_function(func))
-        self.attention[site] = self._seen(site, call)
+    def _attend(
+        self,
+        site: Site,
+        call: AttentionCall,
+        given: list[torch.Tensor],
+        scores: Site | None = None,
+    ) -> Any:
+        self.attention[site] = replace(self._seen(site, call), scores=scores)
         out = attend_to_self(call)
-        # A reader makes views of what was given, such as transposed ones.
-        attended = {_memory(x) for x in (call.query, call.key, call.value)}
-        sources = [self.origins_of(x) for x in given if _memory(x) in attended]
+        if scores is None:
+            # A reader makes views of what was given, such as transposed ones.
+            attended = {_memory(x) for x in (call.query, call.key, call.value)}
+            given = [x for x in given if _memory(x) in attended]
+        sources = [self.origins_of(x) for x in given]
         result = call.result(out)
         for tensor in _tensors(result):
             self._origins_of[tensor] = frozenset().union(*sources)
@@ -292,15 +310,6 @@ class Trial(TorchFunctionMode):
             sinks=call.sinks,
             line=line,
         )
-
-    def _check_no_softmax(self, func: Any, result: torch.Tensor) -> None:
-        square = result.shape[-2:] == (self._tokens, self._tokens)
-        if func in _SOFTMAX and square:
-            raise UnservableError(
-                f"attention is written out at {line_of_model()}; call "
-                "F.scaled_dot_product_attention there, whose keys and values can be "
-                "taken to vLLM's cache"
-            )
 
     def _rows(self, tensor: torch.Tensor) -> int | None:
         """Tokens of hidden states, `[tokens, hidden]` or `[1, tokens, hidden]`."""
