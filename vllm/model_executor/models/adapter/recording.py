@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import sympy
 import torch
@@ -87,7 +88,7 @@ def _trace(
     forward: Forward,
     inputs: torch.Tensor,
     positions: torch.Tensor,
-    mode: str = "symbolic",
+    mode: Literal["symbolic", "fake"] = "symbolic",
 ) -> fx.GraphModule:
     """The operators, with a symbol for the number of tokens, or by "fake" with it."""
     # Before dispatch, so that composite operators stay whole, as where Dynamo traces.

@@ -148,8 +148,8 @@ class Trial(TorchFunctionMode):
             )
         if func in READERS:
             call = READERS[func](*args, **kwargs)
-            site = self._at(name_of_function(func))
-            return self._attend(site, call, _tensors((args, kwargs)))
+            caller = self._at(name_of_function(func))
+            return self._attend(caller, call, _tensors((args, kwargs)))
         site = self._site(func, args)
         if written := self._written.weights(func, args):
             assert site is not None
