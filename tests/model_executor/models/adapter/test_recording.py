@@ -99,6 +99,23 @@ def test_what_operators_want_holds_for_whole_steps():
         record(forward, *arguments(TOKENS), 512, MOST)
 
 
+@torch.no_grad()
+def test_new_data_of_a_tensor_are_refused():
+    """As Megatron has them, where a result may not be a view."""
+    model = Model()
+
+    def forward(ids, positions):
+        x = model(ids, positions)
+        out = torch.empty_like(x)
+        out.data = x.data
+        return out
+
+    with pytest.raises(
+        UnrecordableError, match=r"at .*test_recording.py:\d+: out.data"
+    ):
+        record(forward, *arguments(TOKENS), MOST, MOST)
+
+
 def test_examples_are_as_what_a_step_has():
     ids = example(torch.ones(5, dtype=torch.int64), 0)
     assert ids.tolist() == [0] * TOKENS

@@ -12,16 +12,18 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from vllm.logger import init_logger
 
 from .merged_products import merge_products
+from .sites import line_of_model
 
 logger = init_logger(__name__)
 
@@ -34,7 +36,18 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class UnrecordableError(RuntimeError):
-    """A forward does something else for other numbers of tokens."""
+    """A forward does something that a graph does not say of each number of tokens."""
+
+
+class _NoNewData(TorchFunctionMode):
+    """Refuses `tensor.data = other`, which no graph keeps."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise UnrecordableError(f"it sets a tensor's data, at {line_of_model()}")
+        return func(*args, **(kwargs or {}))
 
 
 def example(like: torch.Tensor, axis: int, tokens: int = TOKENS) -> torch.Tensor:
@@ -68,7 +81,8 @@ def record(
         most_tokens: Of a step, which has tokens of several sequences.
 
     Raises:
-        UnrecordableError: What it does holds for some numbers of tokens only.
+        UnrecordableError: What it does holds for some numbers of tokens only, or sets
+            the data of a tensor.
 
     """
     graph = _trace(forward, inputs, positions)
@@ -91,9 +105,14 @@ def _trace(
     mode: Literal["symbolic", "fake"] = "symbolic",
 ) -> fx.GraphModule:
     """The operators, with a symbol for the number of tokens, or by "fake" with it."""
+
+    def traced(inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with _NoNewData():
+            return forward(inputs, positions)
+
     # Before dispatch, so that composite operators stay whole, as where Dynamo traces.
     graph = make_fx(
-        lambda inputs, positions: forward(inputs, positions),
+        traced,
         tracing_mode=mode,
         pre_dispatch=True,
         _allow_non_fake_inputs=True,
@@ -151,9 +170,10 @@ def _check_lengths(
             # The answer may also say how many tokens there are, and with that number
             # both graphs may be the same.
             other = _trace(forward, *given, mode="fake")
+            equal = _same(_trace(graph, *given, mode="fake"), other)
         except Exception as error:
             raise _unrecordable(question, tokens) from error
-        if not _same(_trace(graph, *given, mode="fake"), other):
+        if not equal:
             break
         del pending[tokens]
     for tokens, question in pending.items():

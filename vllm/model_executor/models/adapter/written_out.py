@@ -42,8 +42,8 @@ _DIVIDE = (torch.div, T.div, T.__truediv__, T.div_, T.__itruediv__, torch.true_d
 _OTHERS = (
     *(torch.add, T.add, T.__add__, T.__radd__, T.add_, T.__iadd__, T.__sub__),
     *(torch.masked_fill, T.masked_fill, T.masked_fill_, torch.where, T.where),
-    *(F.dropout, torch.dropout, T.to, T.float, T.type_as, T.clone, T.contiguous),
-    T.__setitem__,
+    *(F.dropout, torch.dropout, T.to, T.float, T.type, T.type_as, T.clone),
+    *(T.contiguous, T.__setitem__),
 )
 FOLLOWED = frozenset((*SOFTMAX, *_TANH, *_MULTIPLY, *_DIVIDE, *_OTHERS))
 
