@@ -84,6 +84,26 @@ def test_plain_modules(build, calls):
     assert len(seen.origins) > 0
 
 
+class TakesPlaces(Model):
+    """As lingua: places of its tokens, the same ones for each sequence."""
+
+    def forward(self, tokens, tok_idx=None):
+        self.places = tok_idx
+        return super().forward(tokens)
+
+    def rotation(self, length):
+        places = self.places
+        table = self.table if places is None else self.table[places]
+        assert table.dim() == 2
+        return table[0:length]
+
+
+def test_places_without_a_batch_axis():
+    seen = assert_serves(TakesPlaces())
+    assert seen.form.positions == "tok_idx" and seen.form.flat_positions
+    assert not seen.origins
+
+
 def test_what_a_call_asks_for():
     (first, second) = look(with_attend(window)).attention.values()
     assert first == second

@@ -15,7 +15,7 @@ from torch import nn
 from .stand_ins import unwatched
 
 # What the libraries call the argument that takes each token's place in its sequence.
-POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids")
+POSITIONS = ("position_ids", "input_pos", "positions", "pos", "pos_ids", "tok_idx")
 # Names of the argument for labels. Without labels, some models return the logits of
 # the last token only.
 LABELS = ("targets", "labels", "target")
@@ -44,6 +44,7 @@ class CallForm:
         masks: Whether the module makes its masks of positions, beside its forward.
         constants: Further arguments, by name.
         function: Calls the module in its place, as `Adapter.forward`.
+        flat_positions: Whether positions are `[tokens]` where tokens are `[1, tokens]`.
 
     """
 
@@ -53,6 +54,7 @@ class CallForm:
     masks: bool = False
     constants: tuple[tuple[str, Any], ...] = ()
     function: Callable[..., Any] | None = None
+    flat_positions: bool = False
 
     def __call__(
         self, module: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor
@@ -67,7 +69,8 @@ class CallForm:
         embedded = input_ids.is_floating_point()
         if self.batched:
             input_ids = input_ids[None]  # [1, tokens]
-            positions = positions.unsqueeze(-2)  # [1, tokens], or [axes, 1, tokens]
+            if not self.flat_positions:
+                positions = positions.unsqueeze(-2)  # [1, tokens], [axes, 1, tokens]
         if self.function is not None:
             return self.function(module, input_ids, positions)
         keywords = dict(self.constants)
@@ -96,7 +99,8 @@ class CallForm:
             return f"Adapter.forward(module, ids {shape}, positions {shape})"
         arguments = [f"ids {shape}"]
         if self.positions is not None:
-            arguments.append(f"{self.positions}={shape}")
+            flat = "[tokens]" if self.flat_positions else shape
+            arguments.append(f"{self.positions}={flat}")
         if self.labels is not None:
             arguments.append(f"{self.labels}=ids")
         if self.masks:
@@ -137,8 +141,11 @@ def call_forms(module: nn.Module, positions: str | None = None) -> Iterator[Call
         # As vLLM calls it: the author may have thought of vLLM.
         yield from (flat, batched)
     else:
-        # Some take positions only beside a KV cache of their own (litgpt).
-        yield from (batched, replace(batched, positions=None), flat)
+        # Some take the same positions for each sequence (lingua), and some take any
+        # only beside a KV cache of their own (litgpt).
+        yield batched
+        yield replace(batched, flat_positions=True)
+        yield from (replace(batched, positions=None), flat)
 
 
 def is_written_for_vllm(module: nn.Module) -> bool:
