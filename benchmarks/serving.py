@@ -12,7 +12,7 @@ the engine in a process of its own. For the GPT-2 shape, the unchanged module is
 of examples/chain_parts, whose code has the form of nanoGPT's.
 In each round every engine is started, one after another, in an order that rotates; then
 all of them are timed in turns, and only one works at a time, so that a host that
-becomes slower slows them all.
+becomes slower slows them all. Single requests take turns one by one.
 The first round starts without any cache of compiled code, the later ones with the
 engine's own. Figures are medians. Needs an NVIDIA GPU.
 """
@@ -36,7 +36,7 @@ ENGINES = ("native", "Transformers backend", "plain module", "unchanged module")
 LLAMA, GPT = SHAPES = ("llama-1b", "gpt2-medium")
 GPT_SIZES = {"vocab_size": 50257, "n_layer": 24, "n_head": 16, "n_embd": 1024}
 LENGTH, PROMPT_TOKENS, NEW_TOKENS, AT_ONCE = 1024, 512, 256, 256
-ALONE_PER_TURN = 3
+ALONE_PER_TURN = 6
 # All engines of a round share the memory of one GPU.
 MEMORY = 0.9 / len(ENGINES)
 
@@ -137,12 +137,15 @@ def measure_round(
             for name, engine in engines.items()
         }
         for turn in range(-1, turns):  # the first is a warm-up
-            for name in rotated(names, turn):
-                at_once = engines[name].rate(AT_ONCE)
-                alone = [engines[name].rate(1) for _ in range(ALONE_PER_TURN)]
-                if turn >= 0:
-                    results[name]["at_once"].append(at_once)
-                    results[name]["alone"] += alone
+            for requests, key, times in (
+                (AT_ONCE, "at_once", 1),
+                (1, "alone", ALONE_PER_TURN),
+            ):
+                for _ in range(times):
+                    for name in rotated(names, turn):
+                        rate = engines[name].rate(requests)
+                        if turn >= 0:
+                            results[name][key].append(rate)
             if turn >= 0:
                 yield results
 
