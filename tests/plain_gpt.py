@@ -6,6 +6,7 @@ Learned positions are counted inside, attention is PyTorch's, the head shares th
 embedding's weight, and without targets there are logits for the last token only.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,31 @@ class PlainAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
 
-class PlainBlock(nn.Module):
+class WrittenAttention(PlainAttention):
+    """As in minGPT, with a mask that is as large as its context."""
+
     def __init__(self, config: PlainConfig) -> None:
+        super().__init__(config)
+        mask = torch.ones(1, 1, config.context, config.context).tril()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).split(width, dim=2)
+        q, k, v = (
+            y.view(batch, tokens, self.heads, -1).transpose(1, 2) for y in (q, k, v)
+        )
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(k.size(-1))
+        mask = self.mask[:, :, :tokens, :tokens]
+        y = scores.masked_fill(mask == 0, float("-inf")).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: PlainConfig, attention: type[nn.Module]) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.width)
-        self.attention = PlainAttention(config)
+        self.attention = attention(config)
         self.norm_2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(
             nn.Linear(config.width, 4 * config.width),
@@ -57,12 +78,15 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, config: PlainConfig) -> None:
+    def __init__(
+        self, config: PlainConfig, attention: type[nn.Module] = PlainAttention
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.places = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.layers))
+        blocks = (PlainBlock(config, attention) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width)
         self.unembed = nn.Linear(config.width, config.vocab_size, bias=False)
         self.unembed.weight = self.tokens.weight

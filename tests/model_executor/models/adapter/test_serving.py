@@ -4,13 +4,12 @@
 
 import json
 import logging
-import math
 
 import pytest
 import torch
 import transformers
 from cached_steps import SHAPE, TOKENS, VOCAB, heads_of_sites
-from plain_gpt import PlainAttention, PlainConfig, PlainGPT
+from plain_gpt import PlainConfig, PlainGPT, WrittenAttention
 from safetensors.torch import save_file
 
 from vllm import ModelRegistry
@@ -26,6 +25,10 @@ SHORT = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, n_positions=128)
 
 def plain():
     return PlainGPT(PlainConfig(vocab_size=VOCAB))
+
+
+def written():
+    return PlainGPT(PlainConfig(vocab_size=VOCAB), WrittenAttention)
 
 
 def llama():
@@ -128,33 +131,6 @@ def test_a_limit_of_the_length_is_not_one_of_a_steps_tokens(serve):
     prompts = [[i, *range(100)] for i in range(8)]  # 808 tokens in the first step
     report = validate(llm, lambda ids: full_forward(module, ids), prompts, max_tokens=8)
     assert report.exit_code == 0, str(report)
-
-
-class WrittenAttention(PlainAttention):
-    """As in minGPT, with a mask that is as large as its context."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        mask = torch.ones(config.context, config.context).tril()
-        self.register_buffer("mask", mask.view(1, 1, *mask.shape), persistent=False)
-
-    def forward(self, x):
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).split(width, dim=2)
-        q, k, v = (
-            y.view(batch, tokens, self.heads, -1).transpose(1, 2) for y in (q, k, v)
-        )
-        scores = (q @ k.transpose(-2, -1)) / math.sqrt(k.size(-1))
-        mask = self.mask[:, :, :tokens, :tokens]
-        y = scores.masked_fill(mask == 0, float("-inf")).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
-
-
-def written():
-    module = plain()
-    for block in module.blocks:
-        block.attention = WrittenAttention(module.config)
-    return module
 
 
 @pytest.mark.engine

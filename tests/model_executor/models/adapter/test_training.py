@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from cached_steps import SHAPE, TOKENS, VOCAB
-from plain_gpt import PlainConfig, PlainGPT
+from kernel_calls import KernelCalls
+from plain_gpt import PlainConfig, PlainGPT, WrittenAttention
 from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny_model import TinyModel
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vllm import ModelRegistry, SamplingParams
@@ -34,6 +34,10 @@ def of_transformers(name, **extra):
 
 def plain():
     return PlainGPT(PlainConfig(vocab_size=VOCAB))
+
+
+def written():
+    return PlainGPT(PlainConfig(vocab_size=VOCAB), WrittenAttention)
 
 
 def llama():
@@ -76,19 +80,7 @@ def served_log_probs(output):
     return [entry[i].logprob for i, entry in zip(ids[1:], entries, strict=True)]
 
 
-class KernelCalls(TorchDispatchMode):
-    """Counts the calls of the training kernel of a CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.forwards = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.forwards += str(func) == "vllm.packed_attention_cpu.default"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("build", [plain, llama, qwen3, gpt2, gemma2])
+@pytest.mark.parametrize("build", [plain, written, llama, qwen3, gpt2, gemma2])
 def test_the_module_computes_what_it_did(build):
     module, routed = pair(build)
     ids = torch.randint(VOCAB, (2, 40))
@@ -350,6 +342,7 @@ PROMPTS = [[1, 2, 3], [(7 * i * i + 3) % VOCAB for i in range(70)], [9] * 11]
     ("build", "ranks"),
     [
         (plain, 1),
+        (written, 1),
         (llama, 1),
         (qwen3, 1),
         (gpt2, 1),

@@ -2,13 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Attention that a module writes out, in the ways in which people write it."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cached_steps import assert_serves, look, served
-from rotary_model import with_attend
+from kernel_calls import KernelCalls
+from plain_gpt import PlainConfig, PlainGPT, WrittenAttention
+from rotary_model import Layer, Model, with_attend
 from torch import nn
 
 from vllm.model_executor.models.adapter import full_forward, use_vllm_attention
@@ -204,7 +207,8 @@ class Product(nn.Module):
         self.table = nn.Parameter(torch.randn(256, 256) / 16)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return torch.matmul(self.inner(tokens)["logits"], self.table)
+        x = self.inner(tokens)
+        return torch.matmul(x["logits"] if isinstance(x, dict) else x, self.table)
 
 
 def test_other_products_are_left_alone() -> None:
@@ -212,6 +216,84 @@ def test_other_products_are_left_alone() -> None:
     assert len(seen.scores) == 2
 
 
-def test_a_trainer_is_told() -> None:
-    with pytest.raises(UnservableError, match="written out at .*test_written_out.py"):
-        use_vllm_attention(with_attend(min_gpt))
+@pytest.mark.parametrize("form", [*FORMS, capped, einsum, einsum_with_heads_last])
+def test_a_trainer_attends_by_vllms_kernel(form) -> None:
+    """Of two sequences, with the gradients of the module's own code."""
+    torch.manual_seed(0)
+    module = with_attend(form)
+    routed = use_vllm_attention(copy.deepcopy(module))
+    ids = torch.randint(256, (1 if form is bmm else 2, 20))
+    found = []
+    for one in (module, routed):
+        with KernelCalls() as calls:
+            logits = one(ids)["logits"]
+        logits.square().sum().backward()
+        gradients = [p.grad for p in one.parameters() if p.grad is not None]
+        found.append((calls.forwards, logits, gradients))
+    (before, logits, gradients), (kernels, *ours) = found
+    # That kernel has no soft caps.
+    assert (before, kernels) == (0, 0 if form is capped else 2)
+    torch.testing.assert_close(ours, [logits, gradients], rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_trainer_has_a_break_there() -> None:
+    module = PlainGPT(PlainConfig(), WrittenAttention)
+    routed = use_vllm_attention(copy.deepcopy(module))
+    ids = torch.randint(256, (2, 20))
+    found, _ = torch.compile(routed, backend="eager")(ids, ids)
+    torch.testing.assert_close(found, module(ids, ids)[0], rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="follows written-out attention"):
+        torch.compile(routed, backend="eager", fullgraph=True)(ids, ids)
+
+
+def test_a_trainers_mask_may_hide_padding() -> None:
+    hidden = torch.zeros(2, 1, 1, 20, dtype=torch.bool)
+    hidden[1, ..., :5] = True  # of the second sequence, the first five
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) * 0.25
+        scores = scores.masked_fill(later(scores), float("-inf"))
+        if len(q) > 1:
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1) @ v
+
+    module = with_attend(attend)
+    routed = use_vllm_attention(copy.deepcopy(module))
+    ids = torch.randint(256, (2, 20))
+    ours, expected = routed(ids)["logits"], module(ids)["logits"]
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[1, 5:], expected[1, 5:], rtol=1e-4, atol=1e-4)
+
+
+class Drops(Layer):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1)
+        scores = scores.masked_fill(later(scores), float("-inf"))
+        return F.dropout(scores.softmax(-1), 0.5, self.training) @ v
+
+
+def test_a_trainers_dropout_is_the_kernels() -> None:
+    module = use_vllm_attention(type("Dropping", (Model,), {"layer": Drops})())
+    ids = torch.randint(256, (1, 20))
+    first, second = (module(ids)["logits"] for _ in range(2))
+    assert not torch.equal(first, second)
+    module.eval()
+    first, second = (module(ids)["logits"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+class Multiplies(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Product(nn.Identity())
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return min_gpt(q, k, v) + 0 * self.inner(v.new_ones(256))[0]
+
+
+def test_products_of_other_submodules_within_are_an_error() -> None:
+    module = type("Multiplying", (Model,), {"layer": Multiplies})()
+    assert_serves(module)
+    with pytest.raises(UnservableError, match=r"with others .*\(layers.0.inner\)"):
+        use_vllm_attention(module)

@@ -26,8 +26,11 @@ from .layers import HEAD_SIZES, attends_by_vllm
 from .library_attention import show_attention
 from .masks import Documents, UnknownMaskError, documents_of
 from .readers import READERS
-from .seen import see
-from .sites import line_of_model, running
+from .seen import Seen, see
+from .sites import Site, line_of_model, running
+from .trial import SeenAttention
+from .written_out import PRODUCTS
+from .written_training import TrainedScores
 
 # By mask: its documents. A model gives one mask to all of its layers.
 _documents = WeakIdKeyDictionary()
@@ -90,22 +93,44 @@ def use_vllm_attention(
     finally:
         inner.train(training)
     repeats: dict[str, dict[str, int]] = {}
+    written: dict[str, dict[int, SeenAttention]] = {}
     for site, attention in seen.attention.items():
         if attention.scores is not None:
-            raise UnservableError(
-                f"attention is written out at {attention.line}. An engine serves that, "
-                "but a trainer keeps its own kernels. For equal bits call "
-                "F.scaled_dot_product_attention there."
-            )
+            _check_written_out(seen, site, attention)
+            written.setdefault(site.path, {})[site.turn] = attention
+            continue
         of_owner = repeats.setdefault(site.path, {})
         # Heads that stand beside themselves 4 times also do so 2 times.
         before = of_owner.get(site.function, attention.repeats)
         of_owner[site.function] = math.gcd(before, attention.repeats)
-    for path, of_owner in repeats.items():
+    for path in {**repeats, **written}:
         part = inner.get_submodule(path)
         if not isinstance(part, VllmAttention):
-            become(part, VllmAttention, vllm_repeats=of_owner)
+            become(
+                part,
+                VllmAttention,
+                vllm_repeats=repeats.get(path, {}),
+                vllm_written=written.get(path, {}),
+            )
     return module
+
+
+def _check_written_out(seen: Seen, site: Site, attention: SeenAttention) -> None:
+    """Whether a forward of its submodule can tell which products are attention's.
+
+    Raises:
+        UnservableError: Another submodule computes a part of it, or other products.
+
+    """
+    assert attention.scores is not None
+    prefix = f"{site.path}." if site.path else ""
+    within = [p for p in seen.owners if p != site.path and p.startswith(prefix)]
+    if within or attention.scores.path != site.path:
+        raise UnservableError(
+            f"attention is written out at {attention.line}, in a submodule with others "
+            f"that are told apart by their calls ({', '.join(sorted(within))}). For "
+            "equal bits call F.scaled_dot_product_attention there."
+        )
 
 
 def _vocab_size(module: nn.Module) -> int:
@@ -129,27 +154,47 @@ class VllmAttention(nn.Module):
     """A submodule whose forward attends, with its calls routed.
 
     The number of times that each function's key and value heads are repeated is in
-    `vllm_repeats`, by the function's name.
+    `vllm_repeats`, by the function's name. What is written out is in `vllm_written`, by
+    the turn of its last product.
     """
 
     vllm_repeats: dict[str, int]
+    vllm_written: dict[int, SeenAttention]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if running() is not None:  # an engine's step, or a trial
             return super().forward(*args, **kwargs)
-        with _TrainingAttention(self.vllm_repeats):
+        if self.vllm_written:
+            return self._uncompiled(*args, **kwargs)
+        with _TrainingAttention(self.vllm_repeats, {}):
+            return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable(reason="follows written-out attention by its tensors")
+    def _uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        with _TrainingAttention(self.vllm_repeats, self.vllm_written):
             return super().forward(*args, **kwargs)
 
 
 class _TrainingAttention(TorchFunctionMode):
-    def __init__(self, repeats: Mapping[str, int]) -> None:
+    def __init__(
+        self, repeats: Mapping[str, int], written: Mapping[int, SeenAttention]
+    ) -> None:
         super().__init__()
         self._repeats = repeats
+        self._scores = TrainedScores(written) if written else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._scores is not None:
+            if func in PRODUCTS:
+                result = self._scores.product(func, args, kwargs)
+                if isinstance(result, AttentionCall):
+                    return result.result(attend_in_training(result))
+                return result
+            if self._scores.follows(func, args, kwargs):
+                return self._scores.follow(func, args, kwargs)
         if func not in READERS:
             return func(*args, **kwargs)
         call = READERS[func](*args, **kwargs)

@@ -127,11 +127,12 @@ class Scores:
 
     def attend(self, last: Product) -> AttentionCall:
         """The attention that the product with values ends."""
-        axes = self.shape[:-2]  # of one sequence, so all of them are heads
+        axes = self.shape[:-2]  # of one axis are heads, and of several the first is not
+        batch = axes[0] if len(axes) > 1 else 1
 
         def flat(x: torch.Tensor) -> torch.Tensor:
             x = x.expand(*axes, *x.shape[-2:])
-            return x.reshape(1, -1, *x.shape[-2:])  # [1, heads, tokens, dim]
+            return x.reshape(batch, -1, *x.shape[-2:])  # [batch, heads, tokens, dim]
 
         cap = None if self.inner_scale is None else self.scale
         return AttentionCall(
