@@ -3,11 +3,14 @@
 """Serves public models as they stand, and compares them with their own forward.
 
     python benchmarks/unchanged_models.py [--only WORD] [--layouts] [--json FILE]
+        [--checkouts FOLDER]
 
 Each is built in a tiny shape with random weights by one lambda, in float32, on any
 machine. Prompts are longer than a step, so that they are processed in chunks. Prints a
 table as docs/models/unchanged.md has it. Libraries that are not installed are left out
-by name. Each model is run in a process of its own. With `--layouts` each is served at
+by name, as are nanoGPT, minGPT and nanochat, which are on no package index, if their
+repositories are not in the folder of `--checkouts`. Each model is run in a process of
+its own. With `--layouts` each is served at
 TP=2 and at PP=2, by the plans that its library gives it, in place of one rank.
 """
 
@@ -239,7 +242,42 @@ def plain_gpt() -> Any:
     return PlainGPT(PlainConfig(vocab_size=VOCAB, context=LENGTH))
 
 
+def nano_gpt() -> Any:
+    from_checkout("nanoGPT")
+    from model import GPT, GPTConfig
+
+    return GPT(GPTConfig(LENGTH, VOCAB, n_layer=2, n_head=2, n_embd=64))
+
+
+def mini_gpt() -> Any:
+    from_checkout("minGPT")
+    from mingpt.model import GPT
+
+    config = GPT.get_default_config()
+    sizes = dict(n_layer=2, n_head=2, n_embd=64, model_type=None)
+    config.merge_from_dict(sizes | dict(vocab_size=VOCAB, block_size=LENGTH))
+    return GPT(config)
+
+
+def nano_chat() -> Any:
+    from_checkout("nanochat")
+    from nanochat.gpt import GPT, GPTConfig
+
+    heads = dict(n_head=2, n_kv_head=1)
+    return GPT(GPTConfig(LENGTH, VOCAB, n_layer=2, n_embd=64, **heads))
+
+
+def from_checkout(repository: str) -> None:
+    """Let it be imported, if it is in the folder of `--checkouts`."""
+    folders = [Path(folder) / repository for folder in CHECKOUTS]
+    sys.path[:0] = [str(folder) for folder in folders if folder.is_dir()]
+
+
+CHECKOUTS: list[str] = []
 CASES = [
+    Case("nanoGPT", "GPT", nano_gpt),
+    Case("minGPT", "GPT, which writes its attention out", mini_gpt),
+    Case("nanochat", "GPT, which looks one token back", nano_chat),
     Case("this repository", "a GPT in plain PyTorch", plain_gpt),
     hugging_face("Llama", "Llama"),
     hugging_face("Qwen3", "Qwen3"),
@@ -353,6 +391,7 @@ def first_line(error: Exception) -> str:
 
 
 def run_apart(index: int, ranks: int = 1, stages: int = 1) -> dict[str, Any]:
+    where = ["--checkouts", *CHECKOUTS] if CHECKOUTS else []
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks * stages > 1)),
         "OMP_NUM_THREADS": "1",
@@ -362,7 +401,7 @@ def run_apart(index: int, ranks: int = 1, stages: int = 1) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        [sys.executable, __file__, "--run", str(index), str(ranks), str(stages)],
+        [sys.executable, __file__, *where, "--run", *map(str, (index, ranks, stages))],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -396,7 +435,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--layouts", action="store_true", help="at TP=2 and at PP=2")
     parser.add_argument("--run", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--checkouts", type=Path, help="a folder of repositories")
     args = parser.parse_args()
+    if args.checkouts is not None:
+        CHECKOUTS.append(str(args.checkouts.absolute()))
     if args.run is not None:
         index, *layout = args.run
         print(json.dumps(run(CASES[index], *layout)), flush=True)
