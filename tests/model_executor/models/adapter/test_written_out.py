@@ -142,7 +142,16 @@ def squared(scores: Tensor) -> Tensor:
     return scores**2
 
 
-@pytest.mark.parametrize("change", [alibi, of_each_head, twice_capped, squared])
+TEMPERATURE = nn.Parameter(torch.tensor(0.3))
+
+
+def learned(scores: Tensor) -> Tensor:
+    return scores * TEMPERATURE
+
+
+@pytest.mark.parametrize(
+    "change", [alibi, of_each_head, twice_capped, squared, learned]
+)
 def test_other_scores_are_refused(change) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = change(q @ k.transpose(-2, -1) * 0.25)

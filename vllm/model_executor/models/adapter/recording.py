@@ -88,7 +88,8 @@ def record(
     graph = _trace(forward, inputs, positions)
     # The module was written for one sequence, so what it asks is about its length.
     _check_lengths(graph, forward, inputs, positions, longest)
-    # It is not asked again. What operators want has to hold for whole steps.
+    # The next trace runs this graph and not the module, so only operators ask there.
+    # What they need has to hold for a whole step.
     merged = merge_products(graph)
     if merged is not None:
         try:
@@ -117,7 +118,7 @@ def _trace(
         pre_dispatch=True,
         _allow_non_fake_inputs=True,
     )(inputs, positions)
-    # Masks are left over, for one, of which vLLM's layers know without them.
+    # vLLM's layers take no masks, so the operators that made them are dead code now.
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -181,9 +182,11 @@ def _check_lengths(
 
 
 def _unlike(graph: fx.GraphModule, numbers: Iterable[int]) -> dict[int, sympy.Basic]:
-    """Those numbers of tokens that answer a question otherwise than the traced one.
+    """The numbers of tokens for which a question has another answer than in the trace.
 
-    A question that they answer so is beside each.
+    Returns:
+        The first such question, by the number of tokens.
+
     """
     assert graph.shape_env is not None  # the tracing is symbolic
     found: dict[int, sympy.Basic] = {}

@@ -193,8 +193,9 @@ class _TrainingAttention(TorchFunctionMode):
                 if isinstance(result, AttentionCall):
                     return result.result(attend_in_training(result))
                 return result
-            if self._scores.follows(func, args, kwargs):
-                return self._scores.follow(func, args, kwargs)
+            pending = self._scores.among(func, args, kwargs)
+            if pending is not None:
+                return self._scores.follow(pending, func, args, kwargs)
         if func not in READERS:
             return func(*args, **kwargs)
         call = READERS[func](*args, **kwargs)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -38,7 +39,8 @@ _MULTIPLY = (
     T.__imul__,
 )
 _DIVIDE = (torch.div, T.div, T.__truediv__, T.div_, T.__itruediv__, torch.true_divide)
-# Of these the values are looked at before the softmax, and after it nothing may change.
+# Before the softmax these may only hide keys, which is checked there by the values.
+# After it they may not change the weights, which is checked at each call.
 _OTHERS = (
     *(torch.add, T.add, T.__add__, T.__radd__, T.add_, T.__iadd__, T.__sub__),
     *(torch.masked_fill, T.masked_fill, T.masked_fill_, torch.where, T.where),
@@ -127,7 +129,8 @@ class Scores:
 
     def attend(self, last: Product) -> AttentionCall:
         """The attention that the product with values ends."""
-        axes = self.shape[:-2]  # of one axis are heads, and of several the first is not
+        # The axes before the last two are [heads], or [batch, heads, ...].
+        axes = self.shape[:-2]
         batch = axes[0] if len(axes) > 1 else 1
 
         def flat(x: torch.Tensor) -> torch.Tensor:
@@ -291,9 +294,10 @@ def _seen(scores: Scores, given: torch.Tensor, weights: torch.Tensor) -> torch.T
 
 
 def _factor(func: Any, args: Any) -> float:
-    """What a call multiplies scores by; NaN if that is not one number."""
+    """What a call multiplies scores by; NaN if that is not one constant number."""
     numbers = [x for x in args[:2] if not isinstance(x, torch.Tensor) or x.numel() == 1]
-    if len(numbers) != 1:
+    # A parameter gets another value when the checkpoint is loaded.
+    if len(numbers) != 1 or isinstance(numbers[0], nn.Parameter):
         return math.nan
     number = float(numbers[0])
     if func not in _DIVIDE:

@@ -43,7 +43,8 @@ class TrainedScores:
 
     def __init__(self, seen: Mapping[int, SeenAttention]) -> None:
         self._seen = seen
-        self._begin = {one.scores.turn for one in seen.values() if one.scores}
+        begin = [one.scores for one in seen.values() if one.scores is not None]
+        self._begin = {site.turn: site for site in begin}
         self._turn = 0
         self._pending = WeakIdKeyDictionary()
 
@@ -56,23 +57,21 @@ class TrainedScores:
         pending = self._pending.pop(product.left, None)
         if pending is not None:
             return self._call(self._seen[turn], pending, product)
-        if turn not in self._begin:
+        site = self._begin.get(turn)
+        if site is None:
             return func(*args, **kwargs)
-        (seen,) = {
-            one for one in self._seen.values() if one.scores and one.scores.turn == turn
-        }
-        assert seen.scores is not None
-        scores = Scores(seen.scores, product)
+        scores = Scores(site, product)
         return self._hold(_Pending(scores, product.left.new_zeros(scores.shape)))
 
-    def follows(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether a call is one of what stands for scores."""
-        return func in FOLLOWED and self._among(args, kwargs) is not None
+    def among(self, func: Any, args: Any, kwargs: Any) -> _Pending | None:
+        """The scores that a call goes on with, if it does."""
+        if func not in FOLLOWED:
+            return None
+        given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        return next((self._pending[x] for x in given if x in self._pending), None)
 
-    def follow(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Its result."""
-        pending = self._among(args, kwargs)
-        assert pending is not None
+    def follow(self, pending: _Pending, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of such a call."""
         if func in SOFTMAX:
             pending.is_weights = True
         elif not pending.is_weights:
@@ -87,10 +86,6 @@ class TrainedScores:
     def _hold(self, pending: _Pending) -> torch.Tensor:
         self._pending[pending.stand_in] = pending
         return pending.stand_in
-
-    def _among(self, args: Any, kwargs: Any) -> _Pending | None:
-        given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-        return next((self._pending[x] for x in given if x in self._pending), None)
 
     def _call(
         self, seen: SeenAttention, pending: _Pending, last: Product
