@@ -248,9 +248,10 @@ class Megatron(Subject):
 
     def logits(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         batch, seq = tokens.shape
-        bounds = torch.arange(batch + 1, dtype=torch.int32) * seq
+        device = tokens.device
+        bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq
         with packed_sequences(bounds):
-            positions = torch.arange(seq).repeat(batch)
+            positions = torch.arange(seq, device=device).repeat(batch)
             hidden = model(tokens.flatten(), positions)  # [batch * seq, hidden]
         return model.compute_logits(hidden).unflatten(0, (batch, seq))
 

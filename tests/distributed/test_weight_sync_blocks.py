@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Blocks that are copied, summed and looked at in one pass on a GPU.
+"""Blocks that are copied, summed and looked at together, in one pass on a GPU.
 
 On a CPU the kernel runs in Triton's interpreter; on a GPU (`-m gpu`) it is compiled.
 """
@@ -14,31 +14,41 @@ from triton_interpreter import interpret
 from vllm.distributed.weight_sync import gpu_blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-SIZES = [8, 4096, 100_000]
+SIZES = [8, 50_000, 4096]
 
 
 def check(device: str) -> int:
     """Sums, copies, and each kind of value that is not finite; counts what it tried."""
     tried = 0
-    for dtype, size in product(DTYPES, SIZES):
-        generator = torch.Generator().manual_seed(size)
-        block = torch.randn(size, generator=generator).to(device, dtype)
-        limits = torch.finfo(dtype)
-        edges = [limits.max, limits.min, limits.tiny, -0.0]
-        block[:4] = torch.tensor(edges, dtype=dtype)
-        expected = block.view(torch.int64).sum()
-        place = torch.zeros_like(block)
-        bits, total = gpu_blocks.read(block, place)
-        assert torch.equal(bits, expected) and float(total) == 0.0
-        assert torch.equal(place.view(torch.int64), block.view(torch.int64))
-        bits, _ = gpu_blocks.read(block, look=False)
+    gpu_blocks.PART = (
+        4096  # words, so that blocks are read in parts, some of them short
+    )
+    for dtype in DTYPES:
+        blocks = []
+        for size in SIZES:
+            generator = torch.Generator().manual_seed(size)
+            block = torch.randn(size, generator=generator).to(device, dtype)
+            limits = torch.finfo(dtype)
+            edges = [limits.max, limits.min, limits.tiny, -0.0]
+            block[:4] = torch.tensor(edges, dtype=dtype)
+            blocks.append(block)
+        words = [block.view(torch.int64) for block in blocks]
+        expected = torch.stack([each.sum() for each in words])
+        places = [torch.zeros_like(block) for block in blocks]
+        bits, totals = gpu_blocks.read(blocks, places)
+        assert torch.equal(bits, expected) and totals.tolist() == [0.0] * len(SIZES)
+        for place, each in zip(places, words, strict=True):
+            assert torch.equal(place.view(torch.int64), each)
+        bits, _ = gpu_blocks.read(blocks, look=False)
         assert torch.equal(bits, expected)
         for odd, where in product((float("inf"), -float("inf"), float("nan")), (0, -1)):
-            wrong = block.clone()
-            wrong[where] = odd
-            _, total = gpu_blocks.read(wrong)
-            assert torch.isnan(total), (dtype, size, odd, where)
-            tried += 1
+            for number in range(len(SIZES)):
+                wrong = [block.clone() for block in blocks]
+                wrong[number][where] = odd
+                _, totals = gpu_blocks.read(wrong)
+                which = totals.isnan().nonzero().flatten().tolist()
+                assert which == [number], (dtype, odd, where)
+                tried += 1
     return tried
 
 

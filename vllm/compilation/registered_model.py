@@ -73,7 +73,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
             if adapted is not None and not adapted.can_be_recorded:
                 logger.info(
                     "%s runs without torch.compile: calls are not recorded in a "
-                    "pipeline stage, with adapters, or in the exact mode.",
+                    "pipeline stage or in the exact mode.",
                     type(self.module).__name__,
                 )
                 traceable = False

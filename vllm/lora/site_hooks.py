@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from vllm.distributed import (
     tensor_model_parallel_all_gather,
@@ -98,7 +99,7 @@ class SiteHook:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Compiled code runs with other batches later, so it cannot ask what this has.
-        if not torch.compiler.is_compiling() and not self.rows.any_adapter:
+        if not _is_traced() and not self.rows.any_adapter:
             return output
         first = args[0]
         if isinstance(output, tuple):  # vLLM's and Megatron's return their bias too
@@ -162,7 +163,7 @@ class SiteHook:
         assert self.rows.slots is not None
         if self.rows.only is not None:
             return self.rows.slots.new_full((tokens,), self.rows.only)
-        if not torch.compiler.is_compiling() and tokens < self.rows.tokens:
+        if not _is_traced() and tokens < self.rows.tokens:
             raise RuntimeError(
                 f"{self.site.name} was called with {tokens} rows in a batch of "
                 f"{self.rows.tokens} tokens; an adapter can change only layers that "
@@ -224,6 +225,11 @@ class SiteHook:
         if width > site.local_outputs:
             delta = tensor_model_parallel_all_gather(delta)[:, :width]
         return delta
+
+
+def _is_traced() -> bool:
+    """Whether code is made of this call, by Dynamo or by `make_fx`."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
 
 
 def _as_list(factors: list[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:

@@ -9,7 +9,8 @@ both sides of an update run on one machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch
 from vllm.distributed.weight_sync import gpu_blocks
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
+TOGETHER_BYTES = 512 << 20  # from another GPU, before they are summed
 # The bits of positive infinity.
 INFINITY = {
     torch.float16: 0x7C00,
@@ -31,9 +33,7 @@ class Sums:
     """The checksum and the sum of a block, collected part by part."""
 
     def __init__(self, block: torch.Tensor) -> None:
-        self._words = (
-            block.dim() > 0 and block.shape[-1] * block.dtype.itemsize % 8 == 0
-        )
+        self._words = _sums_words(block)
         self._bits: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
@@ -42,7 +42,7 @@ class Sums:
         look = values and part.is_floating_point()
         known = not look or part.dtype in gpu_blocks.EXPONENTS
         if self._words and known and gpu_blocks.can_read(part):
-            self._add(*gpu_blocks.read(part, look=look))
+            self._add(*gpu_blocks.read([part], look=look))
             return
         self._bits.append(_sum_bits(part, self._words))
         if look:
@@ -56,14 +56,14 @@ class Sums:
     def copy(self, place: torch.Tensor, part: torch.Tensor) -> None:
         """Copy some of its elements to `place`, and add their bits."""
         if self._words and gpu_blocks.can_copy(place, part):
-            self._add(*gpu_blocks.read(part, place, look=False))
+            self._add(*gpu_blocks.read([part], [place], look=False))
             return
         copy_part(place, part)
         self.add(place, values=False)
 
-    def _add(self, bits: torch.Tensor, total: torch.Tensor) -> None:
-        self._bits.append(bits)
-        self._values.append(total)
+    def _add(self, bits: torch.Tensor, totals: torch.Tensor) -> None:
+        self._bits.append(bits[0])
+        self._values.append(totals[0])
 
     def checksum(self) -> torch.Tensor:
         """The sum of the block's bits as integers, int64 `[]`."""
@@ -83,29 +83,90 @@ class Sums:
         return torch.stack(self._values).sum()
 
 
-def copy_blocks(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> list[torch.Tensor]:
+def sum_blocks(blocks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The checksums of blocks of one device, and whether their elements are finite.
+
+    Returns:
+        The checksums, int64 `[blocks]`, and the totals of `Sums`, float32 `[blocks]`.
+
+    """
+
+    def kind(block: torch.Tensor) -> torch.dtype | None:
+        """Blocks of one dtype are read together on a GPU, others one by one."""
+        known = block.dtype in gpu_blocks.EXPONENTS or not block.is_floating_point()
+        together = known and _sums_words(block) and gpu_blocks.can_read(block)
+        return block.dtype if together else None
+
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for dtype, indices in _grouped(map(kind, blocks)).items():
+        if dtype is None:
+            for index in indices:
+                sums = sum_block(blocks[index])
+                found[index] = sums.checksum(), sums.total()
+            continue
+        together = gpu_blocks.read(
+            [blocks[index] for index in indices], look=dtype.is_floating_point
+        )
+        found.update(zip(indices, zip(*together, strict=True), strict=True))
+    checksums, totals = zip(*(found[i] for i in range(len(blocks))), strict=True)
+    return torch.stack(checksums), torch.stack(totals)
+
+
+def copy_blocks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Copy to each first tensor the second one; the checksums of what was copied.
 
-    What comes from another GPU is summed while the next block comes.
+    Returns:
+        int64 `[pairs]`.
+
     """
-    if not any(_between_gpus(place, block) for place, block in pairs):
-        return [copy_block(place, block) for place, block in pairs]
+    if any(_between_gpus(place, block) for place, block in pairs):
+        return _copy_between_gpus(pairs)
+    sums: dict[int, torch.Tensor] = {}
+    together = [_sums_words(p) and gpu_blocks.can_copy(p, b) for p, b in pairs]
+    for is_together, indices in _grouped(together).items():
+        if not is_together:
+            sums.update((index, copy_block(*pairs[index])) for index in indices)
+            continue
+        places, blocks = zip(*(pairs[index] for index in indices), strict=True)
+        checksums, _ = gpu_blocks.read(blocks, places, look=False)
+        sums.update(zip(indices, checksums, strict=True))
+    return torch.stack([sums[index] for index in range(len(pairs))])
+
+
+def _copy_between_gpus(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """As `copy_blocks`; some are summed while the next ones come.
+
+    Nothing here may wait for the device, as the making of a tensor from a list does:
+    while this process waits, nothing comes.
+    """
     device = pairs[0][0].device
     copying, summing = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    sums = []
-    for place, block in pairs:
+    sums, copied = [], []
+    for number, (place, block) in enumerate(pairs, 1):
         place.copy_(block)
+        copied.append(place)
+        if number < len(pairs) and sum(p.nbytes for p in copied) < TOGETHER_BYTES:
+            continue
         summing.wait_stream(copying)
         with torch.cuda.stream(summing):
-            sums.append(checksum(place))
+            sums.append(sum_blocks(copied)[0])
+        copied = []
     copying.wait_stream(summing)
-    return sums
+    return torch.cat(sums)
 
 
 def _between_gpus(place: torch.Tensor, block: torch.Tensor) -> bool:
     return place.is_cuda and block.is_cuda and place.device != block.device
+
+
+def _grouped(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
+    """The indices of each key."""
+    found: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        found.setdefault(key, []).append(index)
+    return found
 
 
 def copy_block(place: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -161,6 +222,11 @@ def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     rows = max(1, CHUNK_BYTES * len(tensors[0]) // size)
     rows = rows // 8 * 8 or rows  # whole words of 8 bytes, if the tensors are flat
     yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _sums_words(block: torch.Tensor) -> bool:
+    """Whether its checksum is of words of 8 bytes, of which its last axis has some."""
+    return block.dim() > 0 and block.shape[-1] * block.dtype.itemsize % 8 == 0
 
 
 def _sum_bits(part: torch.Tensor, words: bool) -> torch.Tensor:

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A block on a GPU, read once: copied, summed, and looked at for what is not finite.
+"""Blocks on a GPU, read once: copied, summed, and looked at for what is not finite.
 
 PyTorch's operators read a block once for its copy, once for its checksum and once for
 its values. An update moves as many bytes as the memory can, so each pass costs as much
-as the copy does.
+as the copy does. And one kernel takes all blocks, because hundreds of kernels take
+longer to be started from Python than to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from vllm.triton_utils import HAS_TRITON, tl, triton
 
 WORD = 8  # bytes
 BLOCK, PROGRAMS = 2048, 2048
+PART = 1 << 17  # words of a block that one program reads at a time
 NOT_A_NUMBER = 0x7FC0_0000  # the bits of a float32
 # Exponents of the numbers in a word, all ones in an infinity and in what is no number:
 # how far they are shifted to the start of each number, their bits there, and a one.
@@ -28,10 +33,9 @@ EXPONENTS = {
 
 @triton.jit
 def _read_kernel(  # type: ignore[no-untyped-def]
-    source,  # int64 [words]
-    target,  # int64 [words]
-    found,  # int64 [2], zeros: the sum, and the bits of NaN if some are not finite
-    words,
+    table,  # int64 [parts, 4]: addresses of source and target, words, number of block
+    found,  # int64 [blocks, 2], zeros: the sum, and the bits of NaN if not finite
+    parts,
     COPIES: tl.constexpr,
     SHIFT: tl.constexpr,  # negative if the numbers are not looked at
     BITS: tl.constexpr,
@@ -39,24 +43,28 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     NOT_FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    total = tl.zeros((BLOCK,), dtype=tl.int64)
-    odd = tl.zeros((BLOCK,), dtype=tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for begin in range(first, words, step):
-        offsets = begin + tl.arange(0, BLOCK)
-        inside = offsets < words
-        values = tl.load(source + offsets, mask=inside, other=0)
-        if COPIES:
-            tl.store(target + offsets, values, mask=inside)
-        total += values
-        if SHIFT >= 0:  # one more than all ones is a bit that none had before
-            odd |= ((values >> SHIFT) & BITS) + ONE
-    tl.atomic_add(found, tl.sum(total, 0))
-    if SHIFT >= 0:
-        beyond = (odd & (BITS + ONE)) != 0
-        if tl.max(beyond.to(tl.int32), 0) > 0:
-            tl.store(found + 1, NOT_FINITE)
+    for part in range(tl.program_id(0), parts, tl.num_programs(0)):
+        row = table + 4 * part
+        source = tl.load(row).to(tl.pointer_type(tl.int64))
+        target = tl.load(row + 1).to(tl.pointer_type(tl.int64))
+        words = tl.load(row + 2)
+        of_block = found + 2 * tl.load(row + 3)
+        total = tl.zeros((BLOCK,), dtype=tl.int64)
+        odd = tl.zeros((BLOCK,), dtype=tl.int64)
+        for begin in range(0, words, BLOCK):
+            offsets = begin + tl.arange(0, BLOCK)
+            inside = offsets < words
+            values = tl.load(source + offsets, mask=inside, other=0)
+            if COPIES:
+                tl.store(target + offsets, values, mask=inside)
+            total += values
+            if SHIFT >= 0:  # one more than all ones is a bit that none had before
+                odd |= ((values >> SHIFT) & BITS) + ONE
+        tl.atomic_add(of_block, tl.sum(total, 0))
+        if SHIFT >= 0:
+            beyond = (odd & (BITS + ONE)) != 0
+            if tl.max(beyond.to(tl.int32), 0) > 0:
+                tl.store(of_block + 1, NOT_FINITE)
 
 
 def can_read(block: torch.Tensor) -> bool:
@@ -71,31 +79,31 @@ def can_copy(place: torch.Tensor, block: torch.Tensor) -> bool:
 
 
 def read(
-    block: torch.Tensor, place: torch.Tensor | None = None, look: bool = True
+    blocks: Sequence[torch.Tensor],
+    places: Sequence[torch.Tensor] | None = None,
+    look: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The checksum of a block, and whether it is finite; also copies it to `place`.
+    """The checksums of blocks, and whether they are finite; also copies them.
 
     Args:
-        block: A tensor that `can_read`.
-        place: Of the same shape and dtype, a tensor that `can_copy`.
+        blocks: Tensors that `can_read`, of one device, and of one dtype if `look`.
+        places: For each, a tensor of the same shape and dtype that `can_copy`.
         look: Look at the values. Only of the dtypes in `EXPONENTS`.
 
     Returns:
-        The sum of its words as integers, int64 `[]`, and 0 or NaN, float32 `[]`.
+        The sums of their words as integers, int64 `[blocks]`, and 0 or NaN for each,
+        float32 `[blocks]`.
 
     """
-    with torch.cuda.device_of(block):
-        found = torch.zeros(2, dtype=torch.int64, device=block.device)
-        words = block.nbytes // WORD
-        shift, bits, one = EXPONENTS[block.dtype] if look else (-1, 0, 0)
-        source = block.view(-1).view(torch.int64)
-        target = source if place is None else place.view(-1).view(torch.int64)
-        _read_kernel[(min(triton.cdiv(words, BLOCK), PROGRAMS),)](
-            source,
-            target,
+    with torch.cuda.device_of(blocks[0]):
+        found = blocks[0].new_zeros((len(blocks), 2), dtype=torch.int64)
+        table = _parts_of(blocks, blocks if places is None else places)
+        shift, bits, one = EXPONENTS[blocks[0].dtype] if look else (-1, 0, 0)
+        _read_kernel[(min(len(table), PROGRAMS),)](
+            _to_device(table, found.device),
             found,
-            words,
-            COPIES=place is not None,
+            len(table),
+            COPIES=places is not None,
             SHIFT=shift,
             BITS=bits,
             ONE=one,
@@ -103,7 +111,31 @@ def read(
             BLOCK=BLOCK,
             num_warps=8,
         )
-    return found[0], found.view(torch.float32)[2]
+    return found[:, 0], found.view(torch.float32)[:, 2]
+
+
+def _parts_of(
+    blocks: Sequence[torch.Tensor], places: Sequence[torch.Tensor]
+) -> np.ndarray:
+    """The kernel's table: of each part its two addresses, its words, and its block."""
+    words = np.array([block.nbytes // WORD for block in blocks])
+    counts = -(-words // PART)
+    number = np.repeat(np.arange(len(blocks)), counts)  # [parts]
+    first = np.repeat(np.cumsum(counts) - counts, counts)  # part of the same block
+    start = (np.arange(len(number)) - first) * PART
+    addresses = [
+        np.array([tensor.data_ptr() for tensor in tensors])[number] + WORD * start
+        for tensors in (blocks, places)
+    ]
+    return np.stack([*addresses, np.minimum(words[number] - start, PART), number], 1)
+
+
+def _to_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Without a wait for what the device does: from pageable memory it would be one."""
+    there = torch.from_numpy(table)
+    if device.type == "cuda":
+        there = there.pin_memory()
+    return there.to(device, non_blocking=True)
 
 
 def _has_words(block: torch.Tensor) -> bool:

@@ -99,7 +99,8 @@ class Receiver:
                     )
                     for copy, changed in zip(copies, counts, strict=True)
                 ]
-                self._compare(copies, sums)
+                if copies:
+                    self._compare(copies, torch.stack(sums))
                 self._emptied.fill_(tick)
         finally:
             self.skip(update)  # what is left if this failed
@@ -117,8 +118,7 @@ class Receiver:
         if self._location.process == os.getpid():
             entries = LOCAL[self._rendezvous.address[1], self._source]
             for copy in copies:
-                part = copy.block.of_source(entries[copy.shard].local_tensor)
-                room(copy).copy_(part)
+                room(copy).copy_(copy.of_source(entries[copy.shard].local_tensor))
             return
         exported = int(self._progress.exported)
         if exported != self._exported:
@@ -131,17 +131,15 @@ class Receiver:
             self._exported = exported
         tensors = self._tensors
         sums = copy_blocks(
-            [(room(copy), copy.block.of_source(tensors[copy.shard])) for copy in copies]
+            [(room(copy), copy.of_source(tensors[copy.shard])) for copy in copies]
         )
         self._wait(lambda: int(self._progress.summed) >= update, update, deadline)
         self._compare(copies, sums)
 
-    def _compare(self, copies: list[Copy], sums: list[torch.Tensor]) -> None:
+    def _compare(self, copies: list[Copy], sums: torch.Tensor) -> None:
         """Raise ValueError unless what was copied is what was sent."""
-        if copies:
-            indices = torch.tensor([copy.block_index for copy in copies])
-            sent = self._progress.checksums[indices]
-            require_equal(torch.stack(sums), sent, self._source)
+        indices = torch.tensor([copy.block_index for copy in copies])
+        require_equal(sums, self._progress.checksums[indices], self._source)
 
     def _wait_for(self, tick: int, update: int, deadline: float) -> None:
         filled = self._progress.filled

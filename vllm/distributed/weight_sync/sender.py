@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm.distributed.weight_sync.blocks import Sums, sum_block
+from vllm.distributed.weight_sync.blocks import sum_blocks
 from vllm.distributed.weight_sync.delta import WHOLE, Deltas, nbytes_of
 from vllm.distributed.weight_sync.manifest import Manifest
 from vllm.distributed.weight_sync.memory import (
@@ -63,7 +63,7 @@ class Sender:
         self.committed = 0
         self.sent_bytes = 0
         self._deltas = Deltas()
-        self._totals: list[tuple[int, torch.Tensor]] = []  # by shard
+        self._totals: list[tuple[list[int], torch.Tensor]] = []  # of which shards
         sources, targets = manifests
         ring = self._ring = outgoing.ring
         names = names or [f"engine rank {number}" for number in range(len(targets))]
@@ -148,8 +148,9 @@ class Sender:
             torch.cuda.current_stream().synchronize()  # the optimizer's step
         progress.filled[0] = self._ring.first_tick(update) + 1
         # Computed while they read, because they compare it only afterwards.
-        sums = [sum_block(self._source(block)) for block in outgoing.direct]
-        self._note_checksums(outgoing.direct, sums, [WHOLE] * len(sums))
+        if outgoing.direct:
+            sums = sum_blocks([self._source(block) for block in outgoing.direct])
+            self._note(outgoing.direct, *sums, [WHOLE] * len(outgoing.direct))
         progress.summed[0] = update
 
     def _fill_buckets(self, update: int) -> None:
@@ -174,41 +175,50 @@ class Sender:
                 self._deltas.write(block, self._source(block), block.bytes_in(slot))
                 for block in bucket
             ]
-            self._note_checksums(
-                bucket, [w.sums for w in written], [w.changed for w in written]
+            self._note(
+                bucket,
+                torch.stack([each.sums.checksum() for each in written]),
+                torch.stack([each.sums.total() for each in written]),
+                [each.changed for each in written],
             )
             progress.filled[0] = tick = tick + 1
 
-    def _note_checksums(
-        self, blocks: Sequence[Block], sums: Sequence[Sums], changed: Sequence[int]
+    def _note(
+        self,
+        blocks: Sequence[Block],
+        checksums: torch.Tensor,
+        totals: torch.Tensor,
+        changed: Sequence[int],
     ) -> None:
-        """Say what was sent of `blocks`."""
-        if not blocks:
-            return
-        checksums = torch.stack([each.checksum() for each in sums])
+        """Say what was sent of `blocks`; the tensors are `[blocks]`."""
         indices = torch.tensor([block.index for block in blocks])
         self._progress.checksums[indices] = checksums.to("cpu")  # waits for the device
         self._progress.changed[indices] = torch.tensor(changed)
-        for block, each, count in zip(blocks, sums, changed, strict=True):
-            self._count(block, each, count)
+        self._count(blocks, totals, changed)
 
     def _write(self, block: Block, room: torch.Tensor) -> tuple[int, int]:
         """Write a block for the network."""
         changed, sums = self._deltas.write(block, self._source(block), room)
-        self._count(block, sums, changed)
+        self._count([block], sums.total().view(1), [changed])
         return changed, int(sums.checksum())
 
-    def _count(self, block: Block, sums: Sums, changed: int) -> None:
-        self._totals.append((block.shard, sums.total()))
-        self.sent_bytes += nbytes_of(block, changed) * len(block.pieces)
+    def _count(
+        self, blocks: Sequence[Block], totals: torch.Tensor, changed: Sequence[int]
+    ) -> None:
+        self._totals.append(([block.shard for block in blocks], totals.to("cpu")))
+        self.sent_bytes += sum(
+            nbytes_of(block, count) * len(block.pieces)
+            for block, count in zip(blocks, changed, strict=True)
+        )
 
     def _require_finite(self) -> None:
         """Raise ValueError that names tensors with an infinity or no number."""
         if not self._totals:
             return
-        totals = torch.stack([total for _, total in self._totals]).to("cpu")
+        shards = [shard for shards, _ in self._totals for shard in shards]
+        totals = torch.cat([totals for _, totals in self._totals])
         # A sum of finite values may overflow, so such a block is checked by element.
-        odd = [self._totals[i][0] for i in (~torch.isfinite(totals)).nonzero()]
+        odd = [shards[index] for index in (~torch.isfinite(totals)).nonzero()]
         dtypes = {block.shard: block.dtype for block in self._outgoing.blocks()}
         found = [
             self._entries[shard].name

@@ -81,6 +81,10 @@ class Copy(NamedTuple):
         place = (self.block_index, self.bucket, self.offset)
         return Block(self.shard, self.start, self.sizes, dtype, (), *place)
 
+    def of_source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block, as a view of the source's local tensor."""
+        return view_of(tensor, self.start, self.sizes)
+
     def of_target(self, tensor: torch.Tensor) -> torch.Tensor:
         """The block, as a view of the target's local tensor."""
         return view_of(tensor, self.target_start, self.sizes)

@@ -236,8 +236,16 @@ def finish_repacking(layer: nn.Module, numel: int) -> None:
 
 
 def keeps_weight(layer: nn.Module) -> bool:
-    """Whether a packed layer has its weight beside what it has packed."""
-    return isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod)
+    """Whether a packed layer has its weight beside what it has packed.
+
+    On a CPU whose matrix products oneDNN does not know, a linear layer computes with
+    its weight as it was loaded.
+    """
+    if not _is_unquantized(layer):
+        return False
+    weight = layer._parameters["weight"]
+    embeds = isinstance(cast(Any, layer).quant_method, UnquantizedEmbeddingMethod)
+    return embeds or (weight is not None and weight.dim() == 2 and weight.numel() > 0)
 
 
 def repack_tied(layer: nn.Module) -> None:

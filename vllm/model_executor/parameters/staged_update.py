@@ -22,6 +22,7 @@ from vllm.model_executor.parameters.reload import (
     repack_tied,
 )
 
+TOGETHER = 32  # parts that are copied by one call
 HOST_ROOM = 1.1  # staging lies on the host unless the device has so much more than it
 
 
@@ -101,6 +102,10 @@ class LocalUpdate:
         self._weights.update.mark_mixed("an update by WeightSync was not written")
         packed: dict[nn.Module, dict[Place, int]] = {}
         rewritten: list[nn.Module] = []
+        # Parts of the model, and what each is to be. Some are copied by one call, which
+        # takes less time than a call for each, while the next ones are looked up.
+        parts: list[torch.Tensor] = []
+        arrived: list[torch.Tensor] = []
         for index, room in self._rooms.items():
             entry, layout = self._entries[index], self._layouts[index]
             written: set[int] = set()
@@ -116,7 +121,13 @@ class LocalUpdate:
                     continue
                 written.add(local.data_ptr())
                 for box, part in layout.parts_of(local):
-                    part.copy_(box.of_local(room))
+                    parts.append(part)
+                    arrived.append(box.of_local(room))
+            if len(parts) >= TOGETHER:
+                torch._foreach_copy_(parts, arrived)
+                parts, arrived = [], []
+        if parts:
+            torch._foreach_copy_(parts, arrived)
         for owner in rewritten:
             repack_tied(owner)
         # The rooms stay: an update may bring only what has changed since.

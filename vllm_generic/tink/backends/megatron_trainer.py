@@ -159,6 +159,7 @@ def _gpt_model(config: Any, groups: Any) -> Any:
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
         use_cpu_initialization=True,
+        params_dtype=torch.get_default_dtype(),  # an engine sets it to its own
         perform_initialization=False,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=is_qwen3)

@@ -2,18 +2,23 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Unchanged modules in an engine, against their own forward."""
 
+import copy
 import json
 import logging
+from itertools import product
 
 import pytest
 import torch
 import transformers
 from cached_steps import SHAPE, TOKENS, VOCAB, heads_of_sites
+from peft import LoraConfig, get_peft_model
 from plain_gpt import PlainConfig, PlainGPT, WrittenAttention
 from safetensors.torch import save_file
+from torch import nn
 
-from vllm import ModelRegistry
+from vllm import ModelRegistry, SamplingParams
 from vllm.compilation import registered_model
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.adapter import Adapter, full_forward
 from vllm.model_executor.models.adapter.calls import UnservableError
 from vllm.model_executor.models.adapter.merged_products import LINEAR
@@ -117,6 +122,51 @@ def test_it_is_compiled(serve, build):
     llm.apply_model(lambda model: model.load_weights(state.items()))
     llm.reset_prefix_cache()
     assert_same(llm, module)
+
+
+@pytest.mark.engine
+def test_it_is_compiled_with_adapters(serve, tmp_path):
+    """Two of PEFT's adapters and none in one batch, beside what PEFT computes."""
+    ModelRegistry.register_model("Unchanged", lambda config, context: llama())
+    llm, module = serve(
+        llama, enforce_eager=False, enable_lora=True, max_loras=2, max_lora_rank=8
+    )
+    assert llm.apply_model(is_compiled) == [True]
+    # Each linear layer's own product, to which an adapter may add.
+    layers, of_layer = SHAPE["num_hidden_layers"], 7
+    assert llm.apply_model(products) == [layers * of_layer]
+    ways: list[tuple[nn.Module, LoRARequest | None]] = [(copy.deepcopy(module), None)]
+    for number, rank in enumerate((8, 3), 1):
+        config = LoraConfig(r=rank, target_modules="all-linear", lora_alpha=16)
+        adapted = get_peft_model(copy.deepcopy(module), config).eval()
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1, generator=generator)
+        path = str(tmp_path / f"adapter{number}")
+        adapted.save_pretrained(path)
+        ways.append((adapted, LoRARequest(f"adapter{number}", number, path)))
+
+    pairs = list(product(PROMPTS, ways))
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=0, detokenize=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in pairs],
+        params,
+        lora_request=[request for _, (_, request) in pairs],
+        use_tqdm=False,
+    )
+    seen = set()
+    for (prompt, (reference, _)), output in zip(pairs, outputs, strict=True):
+        [answer] = output.outputs
+        ids = torch.tensor([*prompt, *answer.token_ids])
+        with torch.no_grad():
+            logprobs = reference(ids[None]).logits[0].log_softmax(-1)
+        ours = logprobs[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0]
+        served = [v[t].logprob for v, t in zip(answer.logprobs, answer.token_ids)]
+        assert (ours - torch.tensor(served)).abs().max() < 1e-4
+        seen.add((tuple(prompt), tuple(answer.token_ids)))
+    assert len(seen) > len(PROMPTS)  # the adapters change the answers
 
 
 @pytest.mark.engine

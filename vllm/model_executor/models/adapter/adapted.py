@@ -83,15 +83,15 @@ class AdaptedModel:
         self._recorded: dict[tuple[bool, int], fx.GraphModule] = {}
         self._longest = vllm_config.model_config.max_model_len
         self._most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        # A stage also takes and gives other tensors. Adapters, which work by hooks, and
-        # the bits of the exact mode were not tried with recordings.
+        # A stage also takes and gives other tensors. The bits of the exact mode were
+        # not tried with recordings.
         self.can_be_recorded = (
             vllm_config.parallel_config.pipeline_parallel_size == 1
-            and vllm_config.lora_config is None
             and not envs.VLLM_BATCH_INVARIANT
         )
         compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
-        if self.can_be_recorded and compiles:
+        # A LoRA adds to what each layer returns, in place: products stay apart then.
+        if self.can_be_recorded and compiles and vllm_config.lora_config is None:
             lay_side_by_side(module)
 
     def forward(
