@@ -34,12 +34,12 @@ from report import Report, show
 from reverse_digits import (
     CONFIG,
     DIGITS,
+    REWARDS,
     ReverseGPT,
     answer_to,
     logprobs_of,
     problems,
     prompts_of,
-    reward,
     text_of,
 )
 from torch import nn
@@ -117,6 +117,7 @@ def train_step(
 
 def main(args: argparse.Namespace) -> int:
     layout = layout_of_this_rank(args.tensor_parallel)
+    reward_of = REWARDS[args.reward]
     directory: Path = args.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
@@ -157,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
                 with report.phase("rollout"):
                     batch = policy.forward_step({"input_ids": prompts}, iteration=step)
                     pairs = zip(batch["prompt_index"], answers_of(batch), strict=True)
-                    rewards = torch.tensor([reward(prompts[i], a) for i, a in pairs])
+                    rewards = torch.tensor([reward_of(prompts[i], a) for i, a in pairs])
                     grouped = rewards.view(len(prompts), args.answers)
                     advantages = advantages_of(grouped, args.algorithm)
                     batch["advantages"] = advantages.flatten()
@@ -188,12 +189,14 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--algorithm", choices=("grpo", "rloo"), default="grpo")
-    parser.add_argument("--steps", type=int, default=180)
-    parser.add_argument("--prompts", type=int, default=32, help="in a step")
-    parser.add_argument("--answers", type=int, default=16, help="to each prompt")
+    parser.add_argument("--steps", type=int, default=160)
+    # The same number of answers teaches more if they are to more prompts.
+    parser.add_argument("--prompts", type=int, default=128, help="in a step")
+    parser.add_argument("--answers", type=int, default=4, help="to each prompt")
+    parser.add_argument("--reward", choices=REWARDS, default="whole")
     parser.add_argument("--epochs", type=int, default=1, help="of each batch")
     parser.add_argument("--clip", type=float, default=0.2, help="of the ratio")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-share", type=float, default=0.2, help="pretrained")
     parser.add_argument("--pretrain-steps", type=int, default=150, help="at most")

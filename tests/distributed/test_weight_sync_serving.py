@@ -271,7 +271,7 @@ def die(frame, event, argument):
         if left < 0:
             import os, signal
             os.kill(os.getpid(), signal.SIGKILL)
-left = 2 if phase == "_note_checksums" else 0  # until a bucket was sent
+left = 2 if phase == "_note" else 0  # until a bucket was sent
 sys.setprofile(die)
 with torch.no_grad():
     for parameter in model.parameters():
@@ -287,7 +287,7 @@ def test_a_trainer_that_is_killed(
 ) -> None:
     """In each phase of an update. The next trainer's update is whole."""
     logs = tmp_path_factory.mktemp("serve")
-    phases = ["_begin", "send", "_note_checksums", "_collect", "finish"]
+    phases = ["_begin", "send", "_note", "_collect", "finish"]
 
     with tiny_server(model_dir_with_tokenizer, logs, VLLM_SERVER_DEV_MODE="1") as url:
         for phase in phases:

@@ -205,7 +205,7 @@ class SiteHook:
         known = (local >= 0) & (local < size)
         local = local.where(known, 0)
         most = max(a.shape[0] for a in self.slots.a)
-        narrow = torch.zeros(len(ids), most, dtype=dtype, device=ids.device)
+        narrow = torch.zeros(ids.shape[0], most, dtype=dtype, device=ids.device)
         for slot, a in enumerate(self.slots.a):
             mine = ((rows == slot) & known).unsqueeze(1)
             columns = nn.functional.pad(a[:, local].t(), (0, most - a.shape[0]))

@@ -18,6 +18,7 @@ from torch import nn
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.compilation import registered_model
+from vllm.forward_context import set_forward_context
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.adapter import Adapter, full_forward
 from vllm.model_executor.models.adapter.calls import UnservableError
@@ -124,14 +125,24 @@ def test_it_is_compiled(serve, build):
     assert_same(llm, module)
 
 
+def record_by_hand(model):
+    """On a CPU vLLM compiles nothing with adapters, but a recording runs without."""
+    if model.do_not_compile:
+        ids = torch.zeros(8, dtype=torch.int32)
+        with torch.no_grad(), set_forward_context(None, model.vllm_config):
+            model.adapted.record(model.attention_calls, ids, ids.long())
+
+
 @pytest.mark.engine
-def test_it_is_compiled_with_adapters(serve, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_a_recording_with_adapters(serve, tmp_path, device):
     """Two of PEFT's adapters and none in one batch, beside what PEFT computes."""
     ModelRegistry.register_model("Unchanged", lambda config, context: llama())
     llm, module = serve(
         llama, enforce_eager=False, enable_lora=True, max_loras=2, max_lora_rank=8
     )
-    assert llm.apply_model(is_compiled) == [True]
+    assert llm.apply_model(is_compiled) == [device == "gpu"]
+    llm.apply_model(record_by_hand)
     # Each linear layer's own product, to which an adapter may add.
     layers, of_layer = SHAPE["num_hidden_layers"], 7
     assert llm.apply_model(products) == [layers * of_layer]
@@ -163,7 +174,8 @@ def test_it_is_compiled_with_adapters(serve, tmp_path):
         with torch.no_grad():
             logprobs = reference(ids[None]).logits[0].log_softmax(-1)
         ours = logprobs[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0]
-        served = [v[t].logprob for v, t in zip(answer.logprobs, answer.token_ids)]
+        tokens = zip(answer.logprobs, answer.token_ids, strict=True)
+        served = [values[token].logprob for values, token in tokens]
         assert (ours - torch.tensor(served)).abs().max() < 1e-4
         seen.add((tuple(prompt), tuple(answer.token_ids)))
     assert len(seen) > len(PROMPTS)  # the adapters change the answers
