@@ -189,7 +189,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--algorithm", choices=("grpo", "rloo"), default="grpo")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=130)
     # The same number of answers teaches more if they are to more prompts.
     parser.add_argument("--prompts", type=int, default=128, help="in a step")
     parser.add_argument("--answers", type=int, default=4, help="to each prompt")
