@@ -34,10 +34,10 @@ from vllm.model_executor.parameters.reload import (
     is_loaded_in_place,
     is_packed,
     leave_layerwise_reload,
+    pack_kept,
     packed_layers,
     refuse_patches,
     repack,
-    repack_tied,
 )
 from vllm.model_executor.parameters.update import UpdateState, listed
 
@@ -172,7 +172,7 @@ class ModuleWeights:
             for layer in packed:
                 finish_repacking(layer, self.names.numel_of(layer))
             for layer in packed:
-                repack_tied(layer)
+                pack_kept(layer)
         except BaseException as error:
             leave_layerwise_reload(model)
             if self._loaded:

@@ -248,7 +248,7 @@ def keeps_weight(layer: nn.Module) -> bool:
     return embeds or (weight is not None and weight.dim() == 2 and weight.numel() > 0)
 
 
-def repack_tied(layer: nn.Module) -> None:
-    """Pack an output head's weight again, after a change of the embedding it shares."""
+def pack_kept(layer: nn.Module) -> None:
+    """Pack the weight that a layer keeps again, after a change of it in place."""
     if keeps_weight(layer):
         cast(Any, layer).quant_method.process_weights_after_loading(layer)

@@ -17,9 +17,9 @@ from vllm.model_executor.parameters.reload import (
     is_loaded_in_place,
     is_packed,
     keeps_weight,
+    pack_kept,
     pack_shard,
     repack,
-    repack_tied,
 )
 
 TOGETHER = 32  # parts that are copied by one call
@@ -129,7 +129,7 @@ class LocalUpdate:
         if parts:
             torch._foreach_copy_(parts, arrived)
         for owner in rewritten:
-            repack_tied(owner)
+            pack_kept(owner)
         # The rooms stay: an update may bring only what has changed since.
         for owner, at in packed.items():
             if is_plain(owner):
