@@ -20,9 +20,8 @@ SIZES = [8, 50_000, 4096]
 def check(device: str) -> int:
     """Sums, copies, and each kind of value that is not finite; counts what it tried."""
     tried = 0
-    gpu_blocks.PART = (
-        4096  # words, so that blocks are read in parts, some of them short
-    )
+    # So few words that blocks are read in several parts, some of them short.
+    gpu_blocks.PART = 4096
     for dtype in DTYPES:
         blocks = []
         for size in SIZES:
