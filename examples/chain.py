@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> Joints:
                 "adapter: trainer → sampler", adapted.difference, adapted.says, limit
             )
             subject.save(weights, Path(name))
-        if on_gpu:
+        if on_gpu and args.model != "megatron":  # whose layers take no quantization
             ranks = args.tensor_parallel_size
             worst, says = quantize(subject, model, Path(name), ranks)
             joints.add("quantized to fp8", worst, says, limit=math.inf)

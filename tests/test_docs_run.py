@@ -108,6 +108,12 @@ def test_first_program_of_the_readme(tmp_path):
     run(tmp_path, "first.py", processes=False)  # its exit code is the report's
 
 
+@pytest.mark.gpu
+def test_first_program_of_the_readme_on_a_gpu(tmp_path):
+    write_blocks(ROOT / "README.md", tmp_path)
+    run(tmp_path, "first.py")
+
+
 @pytest.mark.engine
 def test_guide_serves_what_it_trained(guide):
     run(guide, "serve.py", processes=False)  # its exit code is the report's

@@ -58,7 +58,9 @@ def served(
     command += ["--served-model-name=stock", "--max-model-len=64", "--enforce-eager"]
     # nanoGPT's model takes as many tokens in one step as it has positions
     command += [f"--dtype={subject.dtype}", "--max-num-batched-tokens=512"]
-    command += ["--gpu-memory-utilization=0.3"]  # the trainer has the rest
+    # The trainer has the rest of a GPU. A cache of a known size needs no look at how
+    # much is free, which other programs change.
+    command += ["--gpu-memory-utilization=0.3", f"--kv-cache-memory-bytes={1 << 28}"]
     command += [f"--tensor-parallel-size={ranks}", *options]
     log = directory / "serve.log"
     with started(command, log, "Application startup complete"):

@@ -26,6 +26,7 @@ from tiny_model import TinyModel, greedy, trained_model
 from vllm import LLM, AsyncEngineArgs, ModelRegistry, SamplingParams
 from vllm.distributed.weight_sync import WeightSync
 from vllm.model_validation import Thresholds, validate
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.mixed_weights import MixedWeightsError
 
@@ -53,6 +54,11 @@ def served(llm: LLM, count: int = 8) -> list[int]:
     params = SamplingParams(temperature=0, max_tokens=count, detokenize=False)
     outputs = llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
     return list(outputs[0].outputs[0].token_ids)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 @pytest.fixture
@@ -114,6 +120,31 @@ def test_updates_and_failures(llm: LLM) -> None:
     unstaged.update()
     assert served(llm) == greedy(model, PROMPT, 8)
     unstaged.close()
+
+
+def test_caches_of_old_weights(
+    in_process: None, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KV connector is told to forget, and what cannot be forgotten is an error."""
+    model = trained_model()
+    sync = WeightSync(model, llm, timeout=60)
+    told = []
+    reset = Scheduler.reset_connector_cache
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Scheduler,
+            "reset_connector_cache",
+            lambda scheduler: told.append(True) or reset(scheduler),
+        )
+        sync.update()
+        assert told
+        patch.setattr(Scheduler, "reset_connector_cache", lambda scheduler: False)
+        with pytest.raises(RuntimeError, match="of the old weights are still in its"):
+            sync.update()
+    change(model, 3)
+    assert sync.update() == 3
+    assert served(llm) == greedy(model, PROMPT, 8)
+    sync.close()
 
 
 def test_many_updates_and_sleep(llm: LLM) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import ModelConfig
+from vllm.distributed.weight_sync import WeightSync
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.callable_model.checks import check_takes_embeddings
 from vllm.model_executor.models.callable_model.multimodal import check_embeds
@@ -31,9 +32,9 @@ def register(multimodal=IMAGES, build=lambda vllm_config, context: ImageModel())
     ModelRegistry.register_model("ImageModel", build, multimodal=multimodal)
 
 
-def serve(llm, prompts):
+def serve(llm, prompts, model=None):
     """Outputs, of which tokens and log-probs are those of the module by itself."""
-    model = image_model.trained()
+    model = model or image_model.trained()
     outputs = llm.generate(
         [
             {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
@@ -105,6 +106,21 @@ def test_images_are_embedded_once_and_tell_prefixes_apart(start):
         [drawing(0, 1, MAX_PATCHES + 1)],
     )
     refused("expected 2 placeholders", [1, IMAGE, 2], [drawing(0), drawing(1)])
+
+
+@pytest.mark.engine
+def test_an_update_of_the_eyes_reaches_images_that_were_seen_before(start):
+    register()
+    llm = start()
+    serve(llm, PROMPTS)
+    model = image_model.trained()
+    with torch.no_grad():
+        for parameter in model.eyes.parameters():
+            parameter.neg_()
+    sync = WeightSync(model, llm)
+    sync.update()
+    sync.close()
+    serve(llm, PROMPTS, model)
 
 
 class WithoutEyes(nn.Module):

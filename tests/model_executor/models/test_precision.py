@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a factory makes while the engine's dtype is the default one."""
 
+import os
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.models.callable_model.precision import (
     Float32Constants,
+    keep_float32,
     round_constants,
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -158,3 +160,30 @@ def test_served(start, model_dir, monkeypatch):
     params = SamplingParams(temperature=0, max_tokens=4, detokenize=False)
     output = llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)[0]
     assert len(output.outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    "dtype, device, products, invariant, expected",
+    [
+        (torch.float32, "cuda", "highest", "0", "ieee"),
+        (torch.float32, "cuda", "high", "0", None),  # the user wants TF32
+        (torch.float32, "cuda", "highest", "1", None),
+        (torch.bfloat16, "cuda", "highest", "0", None),
+        (torch.float32, "cpu", "highest", "0", None),
+    ],
+)
+def test_triton_multiplies_float32_as_pytorch_does(
+    monkeypatch, dtype, device, products, invariant, expected
+):
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "")  # restored at the end
+    monkeypatch.delenv("TRITON_F32_DEFAULT")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products)
+    keep_float32(dtype, torch.device(device))
+    assert os.environ.get("TRITON_F32_DEFAULT") == expected
+
+
+def test_a_users_precision_of_triton_is_kept(monkeypatch):
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
+    keep_float32(torch.float32, torch.device("cuda"))
+    assert os.environ["TRITON_F32_DEFAULT"] == "tf32"

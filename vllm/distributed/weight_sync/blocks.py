@@ -9,6 +9,7 @@ both sides of an update run on one machine.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm.distributed.weight_sync import gpu_blocks
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
 TOGETHER_BYTES = 512 << 20  # from another GPU, before they are summed
+AHEAD = 2  # so many of these are asked for while others come
 # The bits of positive infinity.
 INFINITY = {
     torch.float16: 0x7C00,
@@ -138,12 +140,15 @@ def _copy_between_gpus(
 ) -> torch.Tensor:
     """As `copy_blocks`; some are summed while the next ones come.
 
-    Nothing here may wait for the device, as the making of a tensor from a list does:
-    while this process waits, nothing comes.
+    Nothing here may wait for all that was asked for, as the making of a tensor from a
+    list does: while this process waits, nothing new is asked for. But not everything is
+    asked for at once, because streams share a device's queues: a step of the model
+    might stand behind all the copies that this stream waits for.
     """
     device = pairs[0][0].device
     copying, summing = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     sums, copied = [], []
+    came: deque[torch.cuda.Event] = deque()
     for number, (place, block) in enumerate(pairs, 1):
         place.copy_(block)
         copied.append(place)
@@ -153,6 +158,10 @@ def _copy_between_gpus(
         with torch.cuda.stream(summing):
             sums.append(sum_blocks(copied)[0])
         copied = []
+        came.append(torch.cuda.Event(blocking=True))
+        came[-1].record(copying)
+        if len(came) > AHEAD:
+            came.popleft().synchronize()
     copying.wait_stream(summing)
     return torch.cat(sums)
 

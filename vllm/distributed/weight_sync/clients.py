@@ -60,7 +60,15 @@ class Client(Protocol):
     def finish(self, version: str | None) -> None:
         """Let all ranks commit or discard. Without a version the label stays."""
 
-    def clear_caches(self) -> None: ...
+    def clear_caches(self) -> None:
+        """Forget what old weights have computed: keys, values and embeddings of images.
+
+        Also what a KV connector keeps elsewhere, if it can forget.
+
+        Raises:
+            RuntimeError: something still holds keys and values.
+
+        """
 
     def resume(self) -> None:
         """Let requests run, after waking the KV cache if it sleeps."""
@@ -127,7 +135,9 @@ class LLMClient:
         self._llm.finish_weight_update(**_version(self._llm, version))
 
     def clear_caches(self) -> None:
-        self._llm.reset_prefix_cache()
+        _require_reset(self._llm.reset_prefix_cache(reset_connector=True))
+        if self._llm.model_config.is_multimodal_model:
+            self._llm.llm_engine.reset_encoder_cache()
 
     def resume(self) -> None:
         if self._slept:
@@ -209,7 +219,10 @@ class AsyncLLMClient:
     def clear_caches(self) -> None:
         # Requests that go on compute their keys and values anew.
         keep = self._mode == "keep"
-        self._run(self._engine.reset_prefix_cache(reset_running_requests=keep))
+        reset = self._engine.reset_prefix_cache(keep, reset_connector=True)
+        _require_reset(self._run(reset))
+        if self._engine.model_config.is_multimodal_model:
+            self._run(self._engine.reset_encoder_cache())
 
     def resume(self) -> None:
         if self._slept:
@@ -302,9 +315,10 @@ class HTTPClient:
 
     def clear_caches(self) -> None:
         keep = str(self._mode == "keep").lower()
-        self._call(
-            "POST", "/reset_prefix_cache", params={"reset_running_requests": keep}
-        )
+        params = {"reset_running_requests": keep, "reset_external": "true"}
+        answer = self._call("POST", "/reset_prefix_cache", params=params)
+        _require_reset(answer is None or answer["success"])
+        self._call("POST", "/reset_encoder_cache", optional=True)
 
     def resume(self) -> None:
         if self._slept:
@@ -325,6 +339,15 @@ def _start(start: Callable[[], None], finish: Callable[[], None]) -> None:
         except Exception:
             raise error from None  # none was open, so the first says what is wrong
         start()
+
+
+def _require_reset(done: bool) -> None:
+    if not done:
+        raise RuntimeError(
+            "Keys and values of the old weights are still in its cache, because "
+            "something holds them, such as a transfer by a KV connector. Call update() "
+            "again before you trust its answers."
+        )
 
 
 def _version(engine: LLM | AsyncLLM, version: str | None) -> dict[str, str]:

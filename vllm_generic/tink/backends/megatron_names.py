@@ -126,7 +126,8 @@ class Names:
         whole = torch.cat(list(parts), axis)
         if rows is None:
             return whole
-        return whole.index_select(axis, torch.cat(rows).argsort())
+        order = torch.cat(rows).argsort().to(whole.device)
+        return whole.index_select(axis, order)
 
 
 def _renamed(adapter: Adapter, factors: dict[str, Any]) -> Adapter:

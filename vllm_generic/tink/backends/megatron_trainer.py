@@ -22,6 +22,7 @@ from vllm.lora.adapter import Adapter
 from vllm.model_executor.layers.trainable_attention.megatron import CoreAttention
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_generic.alone import make_groups_of_one
 from vllm_generic.tink.backends.megatron_names import Names
 from vllm_generic.tink.backends.module_trainer import ModuleTrainer
@@ -112,13 +113,13 @@ def megatron_model(base: Any) -> MegatronModel:
             f"expected one of {', '.join(FAMILIES)}. Train with --trainer module."
         )
     context = _alone()
-    model = MegatronModel(config, context)
+    with set_default_torch_dtype(base.dtype):  # its rotary frequencies stay in float32
+        model = MegatronModel(config, context)
     weights = dict(base.state_dict())
     # the head is a layer of its own also where it shares the embedding's weight
     weights["lm_head.weight"] = base.get_output_embeddings().weight
     load_full_checkpoint(model, Names(config).tensors(weights).items(), context)
-    dtype = base.dtype
-    model = model.to(base.device, dtype).eval().requires_grad_(False)
+    model = model.to(base.device).eval().requires_grad_(False)
     check_logits(base, model, "it is built with Megatron")
     return model
 

@@ -28,7 +28,7 @@ from vllm.v1.engine.startup_failure import enter_stage
 from .checks import check_same_on_all_ranks, check_signature
 from .empty_parameters import EmptyParameters, any_values, needs_values
 from .messages import describe, name_of
-from .precision import Float32Constants
+from .precision import Float32Constants, keep_float32
 from .quantized_linears import quantize_linears
 from .time_limit import time_limit
 
@@ -77,6 +77,9 @@ def build_module(
     task = f"the registered {name_of(registered)} of {architecture}"
     enter_stage(f"building the model by {task}")
     dtype = cast(torch.dtype, vllm_config.model_config.dtype)
+    # A module that was built before, by the caller, may lie elsewhere.
+    device = cast(torch.device, vllm_config.device_config.device)
+    keep_float32(dtype, device)
     narrow = dtype in (torch.bfloat16, torch.float16)
     built = _Call(lambda: factory(vllm_config, context, **keywords), dtype, narrow)
     try:
@@ -100,8 +103,6 @@ def build_module(
             f"wanted is {SIGNATURE}."
         )
     constants = precision.computed(module) if narrow else []
-    # A module that was built before, by the caller, may lie elsewhere.
-    device = cast(torch.device, vllm_config.device_config.device)
     looks: list[Seen | None] = [] if look is not None else [None]
 
     def tried(module: nn.Module, is_stage: bool) -> Seen | None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The constants that a module computes, in the precision that they have in training.
+"""The precision that a module has in training, where an engine would have another.
 
 vLLM builds models under a default dtype of, say, bfloat16, and a rotary embedding's
 `torch.arange(0, d, 2) / d` would be rounded with every step of its computation. A
-trainer computes it under PyTorch's own default, float32.
+trainer computes it under PyTorch's own default, float32. And a model in float32 would
+have its attention in TF32 on a GPU, where PyTorch's products are float32.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
+
+import vllm.envs as envs
 
 from .parameter_mode import ParameterMode
 
@@ -86,6 +90,19 @@ class Float32Constants(ParameterMode):
             for name, value in _tensors(part)
             if _is_plain_float32(value) and not self._is_asked_for(value)
         ]
+
+
+def keep_float32(dtype: torch.dtype, device: torch.device) -> None:
+    """Have Triton multiply float32 as PyTorch does, and not in TF32 with its 11 bits.
+
+    vLLM's attention for float32 on a GPU is a Triton kernel. It is compiled with the
+    precision of `TRITON_F32_DEFAULT`, which keeps what a user has set. The exact mode
+    is left alone: there engine and trainer compile the same kernels in the same way.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    is_float32 = device.type == "cuda" and dtype == torch.float32
+    if is_float32 and exact and not envs.VLLM_BATCH_INVARIANT:
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def is_about_dtypes(error: Exception) -> bool:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm.utils.fork_check import forked_process_lacks_cuda
+from vllm.utils.system_utils import get_mp_context
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """The method is vLLM's default on a GPU, and restored at the end."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+
+
+def parent_has_asked(monkeypatch, asked: bool) -> None:
+    """What PyTorch says in a forked process, and only there."""
+    parent = os.getpid()
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "_is_in_bad_fork", lambda: asked and os.getpid() != parent
+    )
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_forked_process_tells(monkeypatch, asked):
+    parent_has_asked(monkeypatch, asked)
+    assert forked_process_lacks_cuda() is asked
+
+
+@pytest.mark.parametrize("asked, method", [(True, "spawn"), (False, "fork")])
+def test_processes_are_spawned_where_a_fork_has_no_cuda(
+    monkeypatch, forks, asked, method
+):
+    parent_has_asked(monkeypatch, asked)
+    assert get_mp_context().get_start_method() == method
+
+
+def test_a_fork_server_is_kept(monkeypatch):
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "forkserver")
+    parent_has_asked(monkeypatch, True)
+    assert get_mp_context().get_start_method() == "forkserver"
+
+
+@pytest.mark.gpu
+def test_transformers_imported_first_lets_no_fork_use_cuda():
+    program = (
+        "import transformers.masking_utils\n"
+        "from vllm.utils.system_utils import get_mp_context\n"
+        "print(get_mp_context().get_start_method())\n"
+    )
+    # vLLM, which is imported here, has set the second one.
+    unset = ("VLLM_WORKER_MULTIPROC_METHOD", "PYTORCH_NVML_BASED_CUDA_CHECK")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "spawn", done.stderr
