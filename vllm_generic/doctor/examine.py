@@ -53,6 +53,7 @@ NOT_THE_MODELS = (
 )
 # Of a factory without a config.json, until its module has told it.
 ANY_VOCABULARY = 2
+LONGEST = 400  # characters of another library's message
 
 
 def examine(
@@ -111,12 +112,11 @@ def _directory_for(
         with one_process(config):
             vocab_size = widest_embedding(_build(NAMELESS, factory, config))
     except Exception as error:  # noqa: BLE001 - it is what the report is about
-        reads = isinstance(error, AttributeError | KeyError)
         report.add(
             "factory",
             "refused",
             said(error),
-            "the model directory before the factory, if that reads config.json" * reads,
+            "the model directory before the factory, if that reads config.json",
         )
         return None
     report.add(
@@ -151,6 +151,8 @@ class _Examination:
                 "note",
                 f"{self.architecture} is a class that is written for vLLM: there is no "
                 "factory to examine.",
+                "the factory behind the model directory, as module:name, if your "
+                "program registers one",
             )
             return
         # Texts, because the traceback of the error would keep the model in memory.
@@ -305,4 +307,7 @@ def said(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(NOT_THE_MODELS)]
     where = f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    text = str(error)
+    if len(text) > LONGEST:  # such as Transformers' list of all its configs
+        text = text[:LONGEST].rsplit(maxsplit=1)[0] + " …"
+    return f"{type(error).__name__}: {text}{where}"

@@ -15,6 +15,7 @@ from plain_gpt import PlainConfig, PlainGPT
 from safetensors.torch import save_file
 from tiny_model import CONFIG, TinyModel
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vllm.model_executor.layers import TrainableAttention
 from vllm_generic.doctor import examine
@@ -129,6 +130,25 @@ def test_a_factory_without_a_config_or_weights():
     assert "arange" in text_of(report, "call")
     assert report.of("weights")[0].state == "note"
     assert "use_vllm_attention(module)" in report.of("exact mode")[0].write
+
+
+def stock(vllm_config, parallel_context):
+    return AutoModelForCausalLM.from_config(vllm_config.model_config.hf_config)
+
+
+def test_half_of_what_the_doctor_needs_is_given(tmp_path):
+    """The README's factory without its directory, and the directory without it."""
+    (found,) = examine(factory=stock, **OPTIONS).refused
+    assert "Unrecognized configuration class" in found.text
+    assert len(found.text) < 800  # Transformers lists all of its configs
+    assert "the model directory before the factory" in found.write
+
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    report = examine(tmp_path, **OPTIONS)
+    assert report.exit_code == 0
+    (found,) = report.of("registration")
+    assert "the factory behind the model directory" in found.write
 
 
 def test_bytes_of_ranks_are_those_of_the_plan(tmp_path):
