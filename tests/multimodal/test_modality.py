@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A registered model that takes images."""
 
+import asyncio
 import dataclasses
 
 import image_model
@@ -11,13 +12,14 @@ from image_model import IMAGE, IMAGES, MAX_PATCHES, ImageModel, drawing, log_pro
 from PIL import Image
 from torch import nn
 
-from vllm import ModelRegistry, SamplingParams
+from vllm import AsyncEngineArgs, ModelRegistry, SamplingParams
 from vllm.config import ModelConfig
 from vllm.distributed.weight_sync import WeightSync
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.callable_model.checks import check_takes_embeddings
 from vllm.model_executor.models.callable_model.multimodal import check_embeds
 from vllm.multimodal.modality import Modality
+from vllm.v1.engine.async_llm import AsyncLLM
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
 TOLERANCE = 1e-4
@@ -54,6 +56,14 @@ def serve(llm, prompts, model=None):
         served = torch.tensor([step[token].logprob for step, token in steps])
         torch.testing.assert_close(served, own.amax(-1), atol=TOLERANCE, rtol=0)
     return outputs
+
+
+def other_eyes():
+    model = image_model.trained()
+    with torch.no_grad():
+        for parameter in model.eyes.parameters():
+            parameter.neg_()
+    return model
 
 
 PROMPTS = [
@@ -113,14 +123,51 @@ def test_an_update_of_the_eyes_reaches_images_that_were_seen_before(start):
     register()
     llm = start()
     serve(llm, PROMPTS)
-    model = image_model.trained()
-    with torch.no_grad():
-        for parameter in model.eyes.parameters():
-            parameter.neg_()
+    model = other_eyes()
     sync = WeightSync(model, llm)
     sync.update()
     sync.close()
     serve(llm, PROMPTS, model)
+
+
+@pytest.mark.engine
+def test_a_running_request_sees_its_image_anew(model_dir):
+    """Each token is of one version, and so is the image that it is computed from."""
+    register()
+    model = other_eyes()
+
+    async def run():
+        options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+        options |= {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 24}
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(str(model_dir), **options))
+        sync = WeightSync(model, engine, mode="keep", timeout=60)
+        params = SamplingParams(
+            temperature=0, max_tokens=80, ignore_eos=True, detokenize=False
+        )
+        ids, images = PROMPTS[0]
+        prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
+        update = None
+        async for output in engine.generate(prompt, params, request_id="0"):
+            if update is None and len(output.outputs[0].token_ids) >= 5:
+                update = asyncio.create_task(asyncio.to_thread(sync.update))
+        await update
+        sync.close()
+        engine.shutdown()
+        return output
+
+    output = asyncio.run(run())
+    prompt = list(output.prompt_token_ids)
+    tokens = torch.tensor(output.outputs[0].token_ids)
+    spans = output.outputs[0].weight_versions
+    assert [span.version for span in spans] == ["default", "1"]
+    first, images = spans[0].end, PROMPTS[0][1]
+    assert 5 <= first < 80
+    for of, part in (
+        (image_model.trained(), slice(first)),
+        (model, slice(first, None)),
+    ):
+        own = log_probs(of, prompt + tokens.tolist(), images)[len(prompt) - 1 : -1]
+        assert torch.equal(tokens[part], own.argmax(-1)[part])
 
 
 class WithoutEyes(nn.Module):
