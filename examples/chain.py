@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).with_name("chain_parts")))
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from chain_adapters import Adapted, by_peft, by_tinker
+from chain_adapters import Adapted, by_hooks, by_tinker
 from chain_logprobs import distance, farthest, logprobs_of
 from chain_models import SHAPES, SUBJECTS, Subject, Weights
 from chain_servers import sample, served
@@ -240,8 +240,10 @@ def adapt(
             model = subject.make()
         model.load_state_dict(weights)
         model.to(getattr(torch, subject.dtype))
+        if args.exact:
+            model = as_served(model)
         subject.save(weights, directory)
-        return by_peft(subject, model, directory, steps, ranks)
+        return by_hooks(subject, model, directory, steps, ranks)
     subject.save_for_service(weights, directory)
     options = [f"--device={args.device}"]
     options += ["--trainer=megatron"] if args.model == "megatron" else []
@@ -285,10 +287,11 @@ def run(args: argparse.Namespace) -> Joints:
         weights = whole_weights(model)
         if RANK == 0:
             adapted = adapt(subject, weights, Path(name), args)
-            # PEFT and Megatron's layers round otherwise than the service's engine: in
-            # float32 within the limit, in bfloat16 by what is measured here.
+            # Megatron's layers round otherwise than the service's engine, which has
+            # Transformers' model: in float32 within the limit, in bfloat16 by what is
+            # measured here.
             limit = None
-            if args.model != "llama":
+            if args.model == "megatron":
                 limit = math.inf if on_gpu else LIMIT
             joints.add(
                 "adapter: trainer → sampler", adapted.difference, adapted.says, limit

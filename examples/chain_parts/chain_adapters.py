@@ -3,8 +3,8 @@
 """An adapter for a second task, trained and sampled beside the base.
 
 `by_tinker` does it through the LoRA service with Tinker's client, on a model that
-Hugging Face's files describe. `by_peft` does it for any module: PEFT trains, and `vllm
-serve` samples.
+Hugging Face's files describe. `by_hooks` does it for any module, which it calls with the
+operator that `vllm serve` samples with.
 """
 
 from pathlib import Path
@@ -17,9 +17,12 @@ from chain_logprobs import distance, farthest
 from chain_models import Subject
 from chain_servers import sample, served, started
 from chain_tasks import PROMPT, next_digits, problems, reversed_digits
-from peft import LoraConfig, get_peft_model
 from tinker import types
 from torch import nn
+
+from vllm.lora.adapted_module import AdaptedModule
+from vllm.lora.adapter import Adapter
+from vllm.lora.adapter_config import AdapterConfig
 
 HELD_OUT = 16  # problems
 
@@ -85,13 +88,30 @@ def _greedy(sampler: Any, prompt: list[int]) -> list[int]:
     return future.result().sequences[0].tokens
 
 
-def by_peft(
+class WithAdapter(nn.Module):
+    """Is called as its model is, and adds an adapter's outputs to those of its layers."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._adapted = AdaptedModule(model)
+        self.adapter = Adapter.start(config, self._adapted.sites, seed=0)
+        for name, factors in self.adapter.factors.items():
+            a, b = (f.to(self._adapted.device).requires_grad_() for f in factors)
+            self.adapter.factors[name] = (a, b)
+
+    def forward(self, tokens: torch.Tensor, **arguments: Any) -> Any:
+        rows = torch.zeros(tokens.numel(), dtype=torch.int64)  # all have the adapter
+        with self._adapted.active([self.adapter], rows):
+            return self.model(tokens, **arguments)
+
+
+def by_hooks(
     subject: Subject, model: nn.Module, directory: Path, steps: int, ranks: int
 ) -> Adapted:
     """`directory` has the weights of `model`."""
-    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
-    adapted = get_peft_model(model, config)
-    factors = [p for p in adapted.parameters() if p.requires_grad]
+    adapted = WithAdapter(model, AdapterConfig(rank=8, alpha=32))
+    factors = adapted.adapter.parameters()
     optimizer = torch.optim.AdamW(factors, lr=5e-3, weight_decay=0.0)
     for step in range(steps):
         prompts = problems(16, seed=step)
@@ -102,7 +122,7 @@ def by_peft(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    adapted.save_pretrained(directory / "adapter")
+    adapted.adapter.save(directory / "adapter")
     options = ["--enable-lora", "--max-lora-rank=8"]
     options += ["--lora-modules", f"adapter={directory / 'adapter'}"]
     with served(subject, directory, ranks, *options) as url:
@@ -112,8 +132,7 @@ def by_peft(
             for name in ("adapter", "stock")
         }
     worst = farthest(subject, adapted, rows["adapter"])
-    with adapted.disable_adapter():
-        worst = max(worst, farthest(subject, adapted, rows["stock"]))
+    worst = max(worst, farthest(subject, model, rows["stock"]))
     answers = {name: [row["answer"] for row in found] for name, found in rows.items()}
     says = _said(loss.item(), prompts, answers["adapter"], answers["stock"])
     return Adapted(worst, says)

@@ -27,8 +27,17 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         (TORCHRUN, ["--tensor-parallel-size=2"]),
         ([], ["--exact"]),
         ([], ["--exact", "--tensor-parallel-size=2"]),
+        ([], ["--exact", "--model=nanogpt"]),
     ],
-    ids=["llama", "nanogpt", "megatron", "FSDP2 and TP=2", "exact", "exact, TP=2"],
+    ids=[
+        "llama",
+        "nanogpt",
+        "megatron",
+        "FSDP2 and TP=2",
+        "exact",
+        "exact, TP=2",
+        "exact, nanogpt",
+    ],
 )
 def test_every_joint_holds(tmp_path, launcher, options):
     if "--model=megatron" in options:
