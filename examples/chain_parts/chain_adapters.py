@@ -3,8 +3,8 @@
 """An adapter for a second task, trained and sampled beside the base.
 
 `by_tinker` does it through the LoRA service with Tinker's client, on a model that
-Hugging Face's files describe. `by_hooks` does it for any module, which it calls with the
-operator that `vllm serve` samples with.
+Hugging Face's files describe. `by_hooks` does it for any module, by the operator that
+`vllm serve` has, too.
 """
 
 from pathlib import Path
@@ -89,7 +89,7 @@ def _greedy(sampler: Any, prompt: list[int]) -> list[int]:
 
 
 class WithAdapter(nn.Module):
-    """Is called as its model is, and adds an adapter's outputs to those of its layers."""
+    """A model that is called as before, with an adapter's outputs in its layers."""
 
     def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
         super().__init__()
