@@ -38,8 +38,8 @@ def save_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def save(directory: Path, **options: Any) -> None:
-    """A Llama with random weights, in float32, and its tokenizer."""
+def save(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """A Llama with random weights, and its tokenizer. `config.json` names the dtype."""
     save_tokenizer(directory)
     sizes = {
         "vocab_size": len(VOCABULARY),
@@ -54,4 +54,5 @@ def save(directory: Path, **options: Any) -> None:
         "bos_token_id": None,
     }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes | options)).save_pretrained(directory)
+    model = LlamaForCausalLM(LlamaConfig(**sizes | options))
+    model.to(dtype).save_pretrained(directory)

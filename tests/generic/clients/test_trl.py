@@ -20,7 +20,9 @@ pytest.importorskip("trl")
 PROGRAM = str(Path(__file__).with_name("train_by_trl.py"))
 
 
-def train(directory: Path, steps: int, *options: str, ranks: int = 1) -> Any:
+def train(
+    directory: Path, steps: int, *options: str, ranks: int = 1, **variables: str
+) -> Any:
     """What TRL logs of each step."""
     launcher = [sys.executable]
     if ranks > 1:
@@ -33,7 +35,7 @@ def train(directory: Path, steps: int, *options: str, ranks: int = 1) -> Any:
     }
     done = subprocess.run(
         [*launcher, PROGRAM, str(directory), str(steps), *options],
-        env=os.environ | env,
+        env=os.environ | env | variables,
         capture_output=True,
         text=True,
         timeout=500,
@@ -60,6 +62,17 @@ def test_grpo_of_trl_learns(tmp_path):
 @pytest.mark.parametrize("option", ["--lora", "--tied"])
 def test_grpo_of_trl_in_other_forms(tmp_path, option):
     check(train(tmp_path, 4, option), 4)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--cuda"], marks=pytest.mark.gpu)], ids=["cpu", "gpu"]
+)
+def test_the_exact_mode(tmp_path, options):
+    """In bfloat16 only the last bit of TRL's own log-softmax differs."""
+    log = train(tmp_path, 3, "--exact", *options, VLLM_BATCH_INVARIANT="1")
+    differences = [row["sampling/sampling_logp_difference/max"] for row in log]
+    assert len(log) == 3 and max(differences) <= 5e-7, differences
 
 
 @pytest.mark.slow

@@ -2,17 +2,26 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """TRL's GRPO, unchanged, on a registered model. Prints what TRL logs, as JSON.
 
-python train_by_trl.py DIRECTORY STEPS [--lora] [--tied] [--rloo] [GRPOConfig's as JSON]
+python train_by_trl.py DIRECTORY STEPS [--lora] [--tied] [--rloo] [--exact] [--cuda]
+                       [GRPOConfig's as JSON]
+
+`--exact` needs VLLM_BATCH_INVARIANT=1, and has engine and trainer in bfloat16.
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import served_llama
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from vllm.model_executor.models.adapter import use_vllm_attention
+from vllm.model_executor.models.plans.whole import sum_as_divided
+from vllm.training.batch_invariance import batch_invariant
 
 ANSWER = 8
 
@@ -23,8 +32,11 @@ def even_digits(completions: list[str], **kwargs: object) -> list[float]:
 
 
 def main(directory: Path, steps: int, flags: list[str], options: dict) -> None:
+    exact = "--exact" in flags
+    dtype = torch.bfloat16 if exact else torch.float32
     served_llama.register()
-    served_llama.save(directory, tie_word_embeddings="--tied" in flags)
+    # The engine has the dtype of config.json, as TRL gives none.
+    served_llama.save(directory, dtype, tie_word_embeddings="--tied" in flags)
     defaults = {
         "use_vllm": True,
         "vllm_mode": "colocate",
@@ -40,7 +52,9 @@ def main(directory: Path, steps: int, flags: list[str], options: dict) -> None:
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": "--cuda" not in flags,
+        "vllm_gpu_memory_utilization": 0.2,
+        "model_init_kwargs": {"dtype": dtype},
         "bf16": False,
         "seed": 0,
     }
@@ -57,7 +71,10 @@ def main(directory: Path, steps: int, flags: list[str], options: dict) -> None:
         train_dataset=Dataset.from_list(prompts),
         peft_config=lora,
     )
-    trainer.train()
+    if exact:
+        sum_as_divided(use_vllm_attention(trainer.model))
+    with batch_invariant() if exact else nullcontext():
+        trainer.train()
     if trainer.accelerator.is_main_process:
         log = [row for row in trainer.state.log_history if "reward" in row]
         (directory / "log.json").write_text(json.dumps(log))
