@@ -8,12 +8,12 @@ import torch
 
 
 def forked_process_lacks_cuda() -> bool:
-    """Whether PyTorch would let a forked process use no CUDA.
+    """Whether PyTorch refuses CUDA in a process that is forked from this one.
 
-    That is so once a program has initialized CUDA, or has only asked for an accelerator
-    without NVML, as importing Transformers before vLLM does. Then
-    `torch.cuda.is_initialized()` is false all the same, and only a forked process can
-    tell: this function makes one, which ends at once.
+    It does so after CUDA was initialized here, and also after a program has only asked
+    which accelerator there is. Importing Transformers before vLLM asks that. In the
+    second case `torch.cuda.is_initialized()` is false, and only a forked process can
+    tell. So this function forks one, which ends at once.
     """
     if not torch.backends.cuda.is_built():
         return False

@@ -20,7 +20,7 @@ from vllm.distributed.weight_sync import gpu_blocks
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
 TOGETHER_BYTES = 512 << 20  # from another GPU, before they are summed
-AHEAD = 2  # so many of these are asked for while others come
+AHEAD = 2  # so many groups of that size are started before an earlier one has come
 # The bits of positive infinity.
 INFINITY = {
     torch.float16: 0x7C00,
@@ -140,10 +140,10 @@ def _copy_between_gpus(
 ) -> torch.Tensor:
     """As `copy_blocks`; some are summed while the next ones come.
 
-    Nothing here may wait for all that was asked for, as the making of a tensor from a
-    list does: while this process waits, nothing new is asked for. But not everything is
-    asked for at once, because streams share a device's queues: a step of the model
-    might stand behind all the copies that this stream waits for.
+    Making a tensor from a list would wait until all copies that were started have
+    ended, and meanwhile none would be started. So nothing here does that. Only a few
+    groups are started ahead, because streams share a device's queues: a step of the
+    model could have to wait until all copies that were started have ended.
     """
     device = pairs[0][0].device
     copying, summing = torch.cuda.current_stream(device), torch.cuda.Stream(device)

@@ -77,7 +77,6 @@ def build_module(
     task = f"the registered {name_of(registered)} of {architecture}"
     enter_stage(f"building the model by {task}")
     dtype = cast(torch.dtype, vllm_config.model_config.dtype)
-    # A module that was built before, by the caller, may lie elsewhere.
     device = cast(torch.device, vllm_config.device_config.device)
     keep_float32(dtype, device)
     narrow = dtype in (torch.bfloat16, torch.float16)
@@ -134,6 +133,7 @@ def build_module(
         looks.append(tried(module, context.pipeline_parallel_size > 1))
     head = looks[0].head.layer if looks[0] and looks[0].head else None
     quantize_linears(architecture, module, vllm_config, context, prefix, head)
+    # A module that was built before, by the caller, may lie elsewhere.
     module = place(module, device)
     return module, constants, looks[0]
 

@@ -24,8 +24,8 @@ def relative_error(dtype: torch.dtype, device: torch.device) -> float:
 
     Noise of this size moves the outputs of the whole model about as far as they are
     from those in float32. In float32 it also covers sums in another order and, on a
-    GPU, attention kernels of vLLM that multiply in TF32, which has 11 bits, as they do
-    in the exact mode or if a user wants it.
+    GPU, attention in TF32, which has 11 bits. vLLM's kernels compute it so in the exact
+    mode, and where a user asks for it.
     """
     if dtype in (torch.float16, torch.bfloat16):
         return torch.finfo(dtype).eps / 6  # of at most eps / 2
