@@ -77,7 +77,7 @@ def build_module(
     task = f"the registered {name_of(registered)} of {architecture}"
     enter_stage(f"building the model by {task}")
     dtype = cast(torch.dtype, vllm_config.model_config.dtype)
-    device = cast(torch.device, vllm_config.device_config.device)
+    device = torch.device(cast(torch.device | str, vllm_config.device_config.device))
     keep_float32(dtype, device)
     narrow = dtype in (torch.bfloat16, torch.float16)
     built = _Call(lambda: factory(vllm_config, context, **keywords), dtype, narrow)
