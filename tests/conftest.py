@@ -43,6 +43,7 @@ os.environ.pop("FORCE_COLOR", None)
 # A shell starts background jobs with Ctrl-C ignored, and processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+GUARDS: list[Any] = []  # of PyTorch's state, after tests that had changed it
 TESTS = str(Path(__file__).parent)
 sys.path.insert(0, TESTS)  # tiny_model, also in processes that unpickle it
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -104,6 +105,27 @@ def registrations_end_with_the_test() -> Iterator[None]:
         for architecture in added:
             del models[architecture]
         models.update(before or {})
+
+
+@pytest.fixture(autouse=True)
+def pytorch_is_left_as_it_was() -> Iterator[None]:
+    """What a test leaves switched off would fail others of its process, far away."""
+    include, exclude = _dispatched_keys()
+    gradients = torch.is_grad_enabled()
+    yield
+    left = _dispatched_keys(), torch.is_grad_enabled()
+    if str(left) != str(((include, exclude), gradients)):
+        guard = torch._C._ForceDispatchKeyGuard(include, exclude)
+        guard.__enter__()
+        GUARDS.append(guard)  # it would restore what was left when it is freed
+        torch.set_grad_enabled(gradients)
+        pytest.fail(f"The test left PyTorch with dispatch keys and gradients {left}.")
+
+
+def _dispatched_keys() -> tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]:
+    """Those that this thread includes and excludes."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._dispatch_tls_local_include_set(), excluded
 
 
 @pytest.fixture
