@@ -72,7 +72,6 @@ def test_patterns_are_those_of_peft():
         ("modules_to_save", ["lm_head"]),
         ("init_lora_weights", "pissa"),
         ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["experts.weight"]),
         ("peft_type", "IA3"),
     ],
 )

@@ -104,14 +104,14 @@ def test_rows_of_an_engine() -> None:
     sites = find_sites(module, ParallelContext())
     assert {site.mixture for site in sites.values()} == {None, "mixture"}
     rows = BatchRows(torch.full((16,), -1, dtype=torch.int32), tokens=5)
-    factors = {}
+    factors, hooks = {}, {}
     for name, site in sites.items():
         factors[name] = torch.randn(2, 2, HIDDEN) * 0.1, torch.randn(2, 2, site.outputs)
         slots = Slots(*factors[name], torch.tensor([2, 2]), torch.tensor([1.0, 0.5]))
-        hook = SiteHook(site, rows)
-        hook.slots = slots
-        hook.attach()
-    (mixture,) = mixtures_of(module, sites, rows).values()
+        hooks[name] = SiteHook(site, rows)
+        hooks[name].slots = slots
+        hooks[name].attach()
+    (mixture,) = mixtures_of(module, hooks, rows).values()
     mixture.attach()
     x = torch.randn(5, HIDDEN)
     rows.slots[:5] = torch.tensor([1, -1, 0, 1, 0])

@@ -53,7 +53,7 @@ class AdaptedModule:
         self._vocab_size = vocab_size
         self._rows = BatchRows()
         self._hooks = {name: SiteHook(s, self._rows) for name, s in self.sites.items()}
-        self._mixtures = mixtures_of(module, self.sites, self._rows)
+        self._mixtures = mixtures_of(module, self._hooks, self._rows)
 
     @functools.cached_property
     def vocab_size(self) -> int:

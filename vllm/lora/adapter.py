@@ -24,12 +24,13 @@ B_NAMES = {".lora_B.weight": False, ".lora_embedding_B": True}
 
 
 class Adapter:
-    """The factors of one adapter, by the name of the module that each pair changes.
+    """The factors of one adapter, by the name of what each pair changes.
 
     Args:
         config: ranks, scales and targets.
         factors: A `[rank, inputs]` and B `[rank, outputs]` of each module; B is the
-            transpose of PEFT's.
+            transpose of PEFT's. Of a parameter that stacks experts, `[experts * rank,
+            inputs]` and `[rank * experts, outputs]`, in PEFT's two orders.
         embeddings: which of the modules are embeddings, whose tensors have other names
             in PEFT's files.
 
@@ -65,9 +66,9 @@ class Adapter:
             generator.manual_seed(seed)
         factors = {}
         for site in targets_of(config, sites):
-            rank = config.rank_of(site.name)
-            a = torch.zeros(rank, site.inputs, dtype=dtype)
-            b = torch.zeros(rank, site.outputs, dtype=dtype)
+            rows = site.factor_rows(config.rank_of(site.name))
+            a = torch.zeros(rows, site.inputs, dtype=dtype)
+            b = torch.zeros(rows, site.outputs, dtype=dtype)
             if site.is_embedding:
                 b.normal_(generator=generator)
             else:
@@ -80,16 +81,38 @@ class Adapter:
     @classmethod
     def zeros(cls, sites: dict[str, Site], rank: int) -> Adapter:
         """An adapter that changes nothing, of all `sites`."""
-        factors = {
-            name: (torch.zeros(rank, site.inputs), torch.zeros(rank, site.outputs))
-            for name, site in sites.items()
-        }
+        factors = {}
+        for name, site in sites.items():
+            rows = site.factor_rows(rank)
+            factors[name] = (
+                torch.zeros(rows, site.inputs),
+                torch.zeros(rows, site.outputs),
+            )
         return cls(AdapterConfig(rank), factors)
 
     def restricted_to(self, sites: dict[str, Site]) -> Adapter:
         """The factors that a pipeline stage with these `sites` needs."""
         factors = {name: f for name, f in self.factors.items() if name in sites}
         return Adapter(self.config, factors, self.embeddings & factors.keys())
+
+    def named_as(self, sites: Iterable[str]) -> Adapter:
+        """The same with the names of stacks of experts.
+
+        PEFT's files do not have them: they name a stack by its module, and a second one
+        of that module by one more `base_layer`. Which is which follows from the order
+        of the model's parameters.
+
+        Args:
+            sites: names of all that an adapter can change, in the model's order.
+
+        """
+        known = list(sites)
+        own_names = {peft: own for own, peft in self._peft_names(known).items()}
+        factors = {own_names.get(n, n): pair for n, pair in self.factors.items()}
+        places = {name: place for place, name in enumerate(known)}
+        order = sorted(factors, key=lambda name: places.get(name, -1))
+        factors = {name: factors[name] for name in order}
+        return Adapter(self.config, factors, self.embeddings)
 
     def copy(self) -> Adapter:
         """Its values as they are now, on the CPU, without gradients."""
@@ -114,7 +137,8 @@ class Adapter:
             if site is None:
                 raise unknown_module(name, sites)
             rank = self.config.rank_of(name)
-            expected = [(rank, site.inputs), (rank, site.outputs)]
+            rows = site.factor_rows(rank)
+            expected = [(rows, site.inputs), (rows, site.outputs)]
             if [tuple(a.shape), tuple(b.shape)] != expected:
                 raise ValueError(
                     f"The adapter's factors for {name} have shapes {list(a.shape)} "
@@ -124,14 +148,30 @@ class Adapter:
 
     # ---- PEFT's format ---------------------------------------------------------------
 
+    def _peft_names(self, names: Iterable[str]) -> dict[str, str]:
+        """PEFT's names of the stacks of experts among `names`, in the model's order.
+
+        PEFT wraps the module once for each of its stacks, the first one inside.
+        """
+        stacks: dict[str, list[str]] = {}
+        for name in filter(self.config.targets_parameter, names):
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
+        return {
+            name: f"{module}{'.base_layer' * (len(own) - 1 - place)}"
+            for module, own in stacks.items()
+            for place, name in enumerate(own)
+        }
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors of PEFT's file, by PEFT's names."""
         tensors = {}
+        peft_names = self._peft_names(self.factors)
         for name, (a, b) in self.factors.items():
             index = int(name in self.embeddings)
             a_name, b_name = list(A_NAMES)[index], list(B_NAMES)[index]
-            tensors[f"{PREFIX}{name}{a_name}"] = a.detach().clone()
-            tensors[f"{PREFIX}{name}{b_name}"] = b.detach().t().contiguous()
+            peft_name = peft_names.get(name, name)
+            tensors[f"{PREFIX}{peft_name}{a_name}"] = a.detach().clone()
+            tensors[f"{PREFIX}{peft_name}{b_name}"] = b.detach().t().contiguous()
         return tensors
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -29,7 +29,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
-    "target_parameters": (None, []),
 }
 # Ways to start a training that leave the base as it was.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -44,6 +43,8 @@ class AdapterConfig:
         alpha: the adapter's output is multiplied by `alpha / rank`.
         target_modules: full names or their last parts, a regular expression for whole
             names, or "all-linear": all linear layers but the output head.
+        target_parameters: names or their last parts of parameters that stack the
+            weights of a block's experts, such as "experts.down_proj".
         exclude_modules: what of these is left out, in the same form.
         rank_pattern: other ranks, by regular expressions for the ends of names.
         alpha_pattern: other alphas, in the same form.
@@ -57,6 +58,7 @@ class AdapterConfig:
     rank: int = 32
     alpha: float = 32.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -74,6 +76,10 @@ class AdapterConfig:
         if self.target_modules == ALL_LINEAR:
             return is_linear and not is_head
         return _matches(self.target_modules, name)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the adapter changes the parameter `name` of a block's experts."""
+        return bool(self.target_parameters) and _matches(self.target_parameters, name)
 
     def rank_of(self, name: str) -> int:
         return _pattern_value(self.rank_pattern, name, self.rank)
@@ -106,10 +112,13 @@ class AdapterConfig:
         missing = [key for key in ("r", "lora_alpha") if config.get(key) is None]
         if missing:
             raise ValueError(f"The adapter's config has no {' and no '.join(missing)}.")
+        parameters = tuple(sorted(config.get("target_parameters") or ()))
+        default = () if parameters else ALL_LINEAR
         return cls(
             rank=config["r"],
             alpha=config["lora_alpha"],
-            target_modules=_as_patterns(config.get("target_modules")) or ALL_LINEAR,
+            target_modules=_as_patterns(config.get("target_modules")) or default,
+            target_parameters=parameters,
             exclude_modules=_as_patterns(config.get("exclude_modules")),
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
@@ -117,16 +126,19 @@ class AdapterConfig:
         )
 
     def to_peft(self, names: Iterable[str]) -> dict[str, Any]:
-        """The content of an adapter_config.json for an adapter of the modules `names`.
+        """The content of an adapter_config.json for an adapter of what `names` are.
 
-        It names the modules in full, so that PEFT and stock vLLM, whose rules differ
-        for heads and embeddings, change exactly these.
+        It names modules and parameters in full, so that PEFT and stock vLLM, whose
+        rules differ for heads and embeddings, change exactly these.
         """
+        names = sorted(names)
+        stacks = [name for name in names if self.targets_parameter(name)]
         return {
             "peft_type": "LORA",
             "r": self.rank,
             "lora_alpha": self.alpha,
-            "target_modules": sorted(names),
+            "target_modules": [name for name in names if name not in stacks],
+            "target_parameters": stacks or None,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "use_rslora": self.use_rslora,

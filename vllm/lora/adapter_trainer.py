@@ -119,6 +119,7 @@ class AdapterTrainer:
             raise ValueError(f"There is an adapter {name!r} already; remove it first.")
         if isinstance(adapter, AdapterConfig):
             adapter = Adapter.start(adapter, self.sites, seed)
+        adapter = adapter.named_as(self.sites)
         adapter.check_fits(self.sites)
         for module_name, (a, b) in adapter.factors.items():
             adapter.factors[module_name] = (self._leaf(a), self._leaf(b))
@@ -142,6 +143,7 @@ class AdapterTrainer:
 
         """
         own = self.adapters[name]
+        other = other.named_as(self.sites)
         if own.factors.keys() != other.factors.keys():
             raise ValueError(
                 f"{name}: the other adapter changes {sorted(other.factors)}; expected "

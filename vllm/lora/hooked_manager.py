@@ -90,11 +90,12 @@ class HookedLoRAManager:
         if self.device.type != "cpu":  # its CUDA graphs do not know the rows
             sites = {name: s for name, s in sites.items() if s.mixture is None}
         self._sites = sites
-        self._all_names = set(sites)
+        self._all_names = list(sites)
         if self._context.pipeline_parallel_size > 1:
             texts = all_gather_text("\n".join(sites), get_pp_group().cpu_group)
-            self._all_names = {name for text in texts for name in text.split("\n")}
-        if not self._all_names - {""}:
+            names = (name for text in texts for name in text.split("\n"))
+            self._all_names = [name for name in names if name]
+        if not self._all_names:
             raise ValueError(
                 f"enable_lora is set, but {type(model.module).__name__} has no linear "
                 f"layer or embedding{f' named {ends}' if ends else ''} to change."
@@ -103,7 +104,7 @@ class HookedLoRAManager:
         for hook in self._hooks.values():
             hook.slots = self._empty_slots(hook)
             hook.attach()
-        for mixture in mixtures_of(model.module, sites, self._rows).values():
+        for mixture in mixtures_of(model.module, self._hooks, self._rows).values():
             mixture.attach()
         self._rows.slots = self._token_slots
         model.lora_manager = self
@@ -113,8 +114,9 @@ class HookedLoRAManager:
         number, most = self.config.max_loras, self.config.max_lora_rank
         dtype, site = self.config.lora_dtype, hook.site
         room = {"dtype": dtype, "device": self.device}
-        a = torch.zeros(number, most, site.local_inputs, **room)  # type: ignore
-        b = torch.zeros(number, most, site.local_outputs, **room)  # type: ignore
+        rows = site.factor_rows(most)
+        a = torch.zeros(number, rows, site.local_inputs, **room)  # type: ignore
+        b = torch.zeros(number, rows, site.local_outputs, **room)  # type: ignore
         return Slots(
             a,
             b,
@@ -148,7 +150,7 @@ class HookedLoRAManager:
     def _load(self, request: LoRARequest) -> Adapter:
         path = get_adapter_absolute_path(request.lora_path)
         try:
-            adapter = Adapter.load(path)
+            adapter = Adapter.load(path).named_as(self._all_names)
         except FileNotFoundError as error:
             raise LoRAAdapterNotFoundError(request.lora_name, path) from error
         try:
@@ -253,10 +255,10 @@ class HookedLoRAManager:
             if pair is None:
                 slots.ranks[slot] = 0
                 continue
-            rank = adapter.config.rank_of(name)
-            slots.a[slot][:rank] = hook.site.local_a(pair[0])
-            slots.b[slot][:rank] = hook.site.local_b(pair[1])
-            slots.ranks[slot] = rank
+            rows = pair[0].shape[0]
+            slots.a[slot][:rows] = hook.site.local_a(pair[0])
+            slots.b[slot][:rows] = hook.site.local_b(pair[1])
+            slots.ranks[slot] = rows
             slots.scales[slot] = adapter.config.scale_of(name)
 
     # ---- Each step -------------------------------------------------------------------

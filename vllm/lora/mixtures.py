@@ -10,14 +10,14 @@ on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .site_hooks import BatchRows
-from .sites import Site
+from .site_hooks import BatchRows, SiteHook
 
 
 class Mixture:
@@ -29,13 +29,17 @@ class Mixture:
             output is a tensor or a tuple of tensors with the same leading axes or with
             `[tokens, ...]`. No token may depend on another.
         rows: which row has which adapter.
+        stacks: of those of its experts' weights that are one parameter.
 
     """
 
-    def __init__(self, name: str, block: nn.Module, rows: BatchRows) -> None:
+    def __init__(
+        self, name: str, block: nn.Module, rows: BatchRows, stacks: list[SiteHook]
+    ) -> None:
         self.name = name
         self.block = block
         self.rows = rows
+        self.stacks = stacks
 
     def attach(self) -> None:
         own = self.block.forward
@@ -69,12 +73,14 @@ class Mixture:
             for slot in slots:
                 self.rows.only = slot
                 if len(slots) == 1:
-                    return own(x, *args, **kwargs)
+                    with self._weights_of(slot):
+                        return own(x, *args, **kwargs)
                 where = (rows == slot).nonzero().squeeze(1).to(x.device)
                 part = flat[where]
                 if x.dim() == 3:  # [1, tokens, hidden], as rows of one sequence
                     part = part.unsqueeze(0)
-                outputs.append(own(part, *args, **kwargs))
+                with self._weights_of(slot):
+                    outputs.append(own(part, *args, **kwargs))
                 places.append(where)
         finally:
             self.rows.only = None
@@ -84,13 +90,37 @@ class Mixture:
             return tuple(_joined(list(part), order, x) for part in parts)
         return _joined(outputs, order, x)
 
+    @contextmanager
+    def _weights_of(self, slot: int) -> Iterator[None]:
+        """Within the context, stacks have the adapter's products added to them.
+
+        The sum is an attribute of the module, which Python finds before it asks
+        `nn.Module` for the parameter of that name. So the parameter stays what it is.
+        """
+        changed = [(stack, stack.changed_stack(slot)) for stack in self.stacks]
+        try:
+            for stack, weight in changed:
+                if weight is not None:
+                    vars(stack.site.module)[stack.site.own_name] = weight
+            yield
+        finally:
+            for stack, _ in changed:
+                vars(stack.site.module).pop(stack.site.own_name, None)
+
 
 def mixtures_of(
-    module: nn.Module, sites: Mapping[str, Site], rows: BatchRows
+    module: nn.Module, hooks: Mapping[str, SiteHook], rows: BatchRows
 ) -> dict[str, Mixture]:
-    """By name, the blocks of `module` whose experts are among `sites`."""
-    names = {site.mixture for site in sites.values() if site.mixture is not None}
-    return {name: Mixture(name, module.get_submodule(name), rows) for name in names}
+    """By name, the blocks of `module` whose experts are among those of `hooks`."""
+    stacks: dict[str, list[SiteHook]] = {}
+    for hook in hooks.values():
+        if hook.site.mixture is not None:
+            own = stacks.setdefault(hook.site.mixture, [])
+            own += [hook] if hook.site.experts else []
+    return {
+        name: Mixture(name, module.get_submodule(name), rows, own)
+        for name, own in stacks.items()
+    }
 
 
 def _joined(

@@ -51,7 +51,8 @@ class Slots:
     """The adapters of one site, in slots.
 
     Args:
-        a: `[ranks, local inputs]` for each slot; in an engine a stack of all.
+        a: `[ranks, local inputs]` for each slot; in an engine a stack of all. Of a
+            stack of experts, `ranks` are those of all experts.
         b: `[ranks, local outputs]` for each slot; in an engine a stack of all.
         ranks: int32 `[slots]`, how many are in use.
         scales: float32 `[slots]`.
@@ -80,6 +81,8 @@ class SiteHook:
         self._handle: Any = None
 
     def attach(self) -> None:
+        if self.site.experts:
+            return  # the block of these experts asks for `changed_stack`
         module = self.site.module
         quant_method = getattr(module, "quant_method", None)
         if self.site.is_head and type(module).__name__ == "ParallelLMHead":
@@ -107,6 +110,25 @@ class SiteHook:
                 return output
             return self.add(first, output[0]), *output[1:]
         return self.add(first, output)
+
+    def changed_stack(self, slot: int) -> torch.Tensor | None:
+        """A stack of experts with an adapter's products added to it.
+
+        Returns:
+            In the shape of the parameter, or None if the adapter has no factors for it.
+
+        """
+        site, slots = self.site, self.slots
+        size = int(slots.ranks[slot]) if slot >= 0 else 0
+        if size == 0:
+            return None
+        # [experts, rank, inputs] and [experts, rank, outputs], of PEFT's two orders
+        a = slots.a[slot][:size].view(site.experts, -1, site.inputs)
+        b = slots.b[slot][:size].view(-1, site.experts, site.outputs).transpose(0, 1)
+        weight = site.module.get_parameter(site.own_name)
+        left, right = (a, b) if site.is_transposed else (b, a)
+        left = left.mT.to(weight.dtype) * slots.scales[slot].to(weight.dtype)
+        return torch.baddbmm(weight, left, right.to(weight.dtype))
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`output` `[..., outputs]` of input `x`, and the adapters' part of it."""

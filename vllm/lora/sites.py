@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +28,19 @@ EMBEDDING_WIDTHS = ("num_embeddings", "embedding_dim")
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer or an embedding that an adapter can change.
+    """A linear layer, an embedding or a stack of experts that an adapter can change.
 
     Args:
-        name: of the module, as in the names of its parameters.
-        module: the layer itself.
+        name: of the module, as in the names of its parameters; of a stack, that of the
+            parameter.
+        module: the layer itself; of a stack, the module that has the parameter.
         is_embedding: its input is token ids, and its weight `[inputs, outputs]`.
         is_head: it gives the logits.
         layout: of its weight, `[outputs, inputs]` if it is linear.
         mixture: the name of the block whose expert it is a part of, or None.
+        experts: the number of experts of a stack, whose parameter is
+            `[experts, outputs, inputs]`; 0 is a layer of its own.
+        is_transposed: the stack is `[experts, inputs, outputs]`, as gpt-oss has it.
 
     """
 
@@ -46,35 +50,49 @@ class Site:
     is_head: bool
     layout: Layout
     mixture: str | None = None
+    experts: int = 0
+    is_transposed: bool = False
 
     @property
-    def _input_axis(self) -> int:
-        return 0 if self.is_embedding else 1
+    def _axes(self) -> tuple[int, int]:
+        """Of the inputs and of the outputs, in the layout."""
+        if self.experts:
+            return (1, 2) if self.is_transposed else (2, 1)
+        return (0, 1) if self.is_embedding else (1, 0)
+
+    @property
+    def own_name(self) -> str:
+        """The last part of the name; of a stack, what its module calls it."""
+        return self.name.rpartition(".")[2]
+
+    def factor_rows(self, rank: int) -> int:
+        """The rows of each factor: `rank` for every expert of a stack."""
+        return rank * (self.experts or 1)
 
     @property
     def inputs(self) -> int:
         """Of the whole layer, all ranks together."""
-        return self.layout.shape[self._input_axis]
+        return self.layout.shape[self._axes[0]]
 
     @property
     def outputs(self) -> int:
-        return self.layout.shape[1 - self._input_axis]
+        return self.layout.shape[self._axes[1]]
 
     @property
     def local_inputs(self) -> int:
-        return self.layout.local_shape[self._input_axis]
+        return self.layout.local_shape[self._axes[0]]
 
     @property
     def local_outputs(self) -> int:
-        return self.layout.local_shape[1 - self._input_axis]
+        return self.layout.local_shape[self._axes[1]]
 
     def local_a(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of A: `[rank, inputs]` -> `[rank, local inputs]`."""
-        return self._local(whole, self._input_axis)
+        """This rank's columns of A: `[rows, inputs]` -> `[rows, local inputs]`."""
+        return self._local(whole, self._axes[0])
 
     def local_b(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of B: `[rank, outputs]` -> `[rank, local outputs]`."""
-        return self._local(whole, 1 - self._input_axis)
+        """This rank's columns of B: `[rows, outputs]` -> `[rows, local outputs]`."""
+        return self._local(whole, self._axes[1])
 
     def _local(self, whole: torch.Tensor, axis: int) -> torch.Tensor:
         if self.layout.local_shape[axis] == self.layout.shape[axis]:
@@ -89,11 +107,14 @@ class Site:
 def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
     """All sites of this rank's part of `module`, by name.
 
-    Of experts only those that a block holds in a ModuleList or ModuleDict.
+    Of experts those that a block holds in a ModuleList or ModuleDict, and those whose
+    weights are one parameter, as Transformers has them.
     """
     sites = {}
     full_name = full_names(module)
     for name, part in module.named_modules():
+        for stack in _stacks(name, part, context):
+            sites[stack.name] = stack
         weight = getattr(part, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             continue
@@ -116,17 +137,42 @@ def find_sites(module: nn.Module, context: ParallelContext) -> dict[str, Site]:
     return sites
 
 
-def experts_without_adapters(module: nn.Module, sites: dict[str, Site]) -> list[str]:
-    """Names of the experts' parameters in `module` that no adapter can change.
+def _stacks(name: str, part: nn.Module, context: ParallelContext) -> Iterator[Site]:
+    """The parameters of `part` that stack the weights of a block's experts.
 
-    Those are parameters of all experts together, and experts that are layers of vLLM's
-    or Megatron's.
+    vLLM's and Megatron's experts are left out, because their kernels read other
+    tensors; and so are parameters of which a rank has a part.
     """
+    block = _block_of_expert(name)
+    of_a_library = hasattr(part, "quant_method") or hasattr(part, "ep_group")
+    if not block or name.rpartition(".")[2] not in EXPERTS or of_a_library:
+        return
+    for own, parameter in part.named_parameters(recurse=False):
+        layout = layout_of(parameter, part, context)
+        if parameter.dim() != 3 or layout.local_shape != layout.shape:
+            continue
+        yield Site(
+            f"{without_wrappers(name)}.{own}",
+            part,
+            is_embedding=False,
+            is_head=False,
+            layout=layout,
+            mixture=block,
+            experts=parameter.shape[0],
+            # What Transformers calls it, and PEFT asks for.
+            is_transposed=getattr(part, "is_transposed", False),
+        )
+
+
+def experts_without_adapters(module: nn.Module, sites: Iterable[str]) -> list[str]:
+    """Names of the experts' weights in `module` that are no part of `sites`."""
     return [
         name
         for name, parameter in module.named_parameters()
         if parameter.dim() >= 2
+        and not name.endswith("bias")
         and _block_of_expert(name) is not None
+        and without_wrappers(name) not in sites
         and without_wrappers(name).rpartition(".")[0] not in sites
     ]
 
@@ -149,13 +195,26 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
     """The sites that an adapter of `config` changes.
 
     Raises:
-        ValueError: a name of `target_modules` matches none of them, or nothing does.
+        ValueError: a name of `target_modules` or of `target_parameters` matches none of
+            them, or nothing does.
 
     """
+    layers = [site for site in sites.values() if not site.experts]
+    stacks = [site for site in sites.values() if site.experts]
+    for end in config.target_parameters:
+        if not any(_ends_with(site.name, end) for site in stacks):
+            raise ValueError(
+                f"target_parameters has {end!r}, which is no parameter of a block's "
+                f"experts; the model has {', '.join(s.name for s in stacks) or 'none'}."
+            )
     chosen = [
         site
         for site in sites.values()
-        if config.targets(site.name, not site.is_embedding, site.is_head)
+        if (
+            config.targets_parameter(site.name)
+            if site.experts
+            else config.targets(site.name, not site.is_embedding, site.is_head)
+        )
     ]
     ends: Any = config.target_modules
     unknown = []
@@ -163,24 +222,29 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
         unknown = [
             end
             for end in ends
-            if not any(n == end or n.endswith(f".{end}") for n in sites)
+            if not any(_ends_with(site.name, end) for site in layers)
         ]
     if unknown or not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} names "
             f"{', '.join(unknown) or 'nothing'} that is no linear layer or embedding "
-            f"of the model; it has {', '.join(sites) or 'none'}."
+            f"of the model; it has {', '.join(s.name for s in layers) or 'none'}."
             f"{_about_experts(unknown)}"
         )
     return chosen
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 def _about_experts(names: Iterable[str]) -> str:
     if all(EXPERTS.isdisjoint(name.split(".")) for name in names):
         return ""
     return (
-        " Of experts only those that a block holds in a ModuleList or ModuleDict take "
-        "an adapter, not one parameter of all, and no layers of vLLM's or Megatron's."
+        " Of experts those that a block holds in a ModuleList or ModuleDict take an "
+        "adapter, and one parameter of all by target_parameters; no layers of vLLM's "
+        "or Megatron's, and in an engine on a GPU none at all."
     )
 
 

@@ -304,7 +304,9 @@ def _exactness(built: Built, report: Report) -> None:
 
 def _adapters(built: Built, report: Report) -> None:
     sites = find_sites(built.module, built.context)
-    ends = Counter(map(_suffix, sites))
+    layers = [name for name, site in sites.items() if not site.experts]
+    stacks = sorted({_suffix(name) for name in sites.keys() - set(layers)})
+    ends = Counter(map(_suffix, layers))
     if not ends:
         report.add("LoRA", "note", "No linear layer or embedding is found to adapt.")
         return
@@ -315,6 +317,14 @@ def _adapters(built: Built, report: Report) -> None:
         f"These layers can have adapters: {names}.",
         f"target_modules={sorted(ends)}",
     )
+    if stacks:
+        report.add(
+            "LoRA",
+            "note",
+            f"Experts can have adapters in training and in an engine on a CPU: "
+            f"{', '.join(stacks)}.",
+            f"target_parameters={stacks}",
+        )
 
 
 def _suffix(name: str) -> str:

@@ -35,14 +35,15 @@ def max_length(model: Any) -> int:
 def kinds_of_layers(sites: Mapping[str, Site], head: nn.Module) -> dict[str, str]:
     """Name -> "attn", "mlp" or "unembed", of each linear layer.
 
-    Layers of attention are those with "attn" or "attention" in their name; every other
+    Stacks of experts are left out, because no engine on a GPU adapts them. Layers of
+    attention are those with "attn" or "attention" in their name; every other
     layer but the head counts as MLP.
     """
     kinds = {}
     for name, site in sites.items():
         if site.module is head:
             kinds[name] = "unembed"
-        elif not site.is_embedding:
+        elif not site.is_embedding and not site.experts:
             attention = any(part in name for part in ATTENTION_NAMES)
             kinds[name] = "attn" if attention else "mlp"
     return kinds

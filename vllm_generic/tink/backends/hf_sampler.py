@@ -89,7 +89,7 @@ class HFSampler:
     def _adapter(self, version: Version) -> Adapter:
         adapter = self._adapters.get(version.key)
         if adapter is None:
-            adapter = version.read()
+            adapter = version.read().named_as(self._scorer.sites)
             try:
                 adapter.check_fits(self._scorer.sites)
             except ValueError as error:

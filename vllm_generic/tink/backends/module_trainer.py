@@ -73,7 +73,8 @@ class ModuleTrainer:
         self.max_runs_in_a_pass = 256 if packed else 1
         self._packed = packed
         self._trainer = AdapterTrainer(module, vocab_size=self.vocab_size, packed=True)
-        experts = experts_without_adapters(module, self._trainer.sites)
+        layers = {n for n, site in self._trainer.sites.items() if not site.experts}
+        experts = experts_without_adapters(module, layers)
         if experts:
             logger.warning(
                 "adapters leave out the experts of this model (%s and %d more): they "
