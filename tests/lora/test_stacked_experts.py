@@ -15,16 +15,10 @@ import torch
 from lora_adapters import sequences
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny_model import HIDDEN, TinyModel, trained_model
+from stacked_experts import SIZES, Model, gpt_oss_block, mixtral_block, square_block
+from tiny_model import HIDDEN
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-)
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.lora.adapter import Adapter
@@ -35,44 +29,6 @@ from vllm.lora.sites import find_sites, targets_of
 from vllm.model_executor.parallel_context import ParallelContext
 
 STACKS = ["experts.down_proj", "experts.gate_up_proj"]
-SIZES: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_local_experts": 3,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "eager",
-}
-
-
-def mixtral_block() -> nn.Module:
-    return MixtralSparseMoeBlock(MixtralConfig(**SIZES))
-
-
-def square_block() -> nn.Module:
-    """Both stacks have inputs of one width, so that shapes do not tell them apart."""
-    return MixtralSparseMoeBlock(MixtralConfig(**SIZES | {"intermediate_size": HIDDEN}))
-
-
-def gpt_oss_block() -> nn.Module:
-    """Its stacks are `[experts, inputs, outputs]`, and it returns a tuple."""
-    return GptOssMLP(GptOssConfig(**SIZES))
-
-
-class Model(TinyModel):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.load_state_dict(trained_model().state_dict(), strict=False)
-        self.mlp = block
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.mul_(0.3)
-                if name.startswith("mlp."):
-                    parameter.normal_(std=0.2)
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x = super().forward(input_ids, positions)
-        out = self.mlp(x.unsqueeze(0))
-        return x + (out[0] if isinstance(out, tuple) else out).view(x.shape)
 
 
 def peft_of(model: nn.Module, rank: int, **options: Any) -> nn.Module:
@@ -205,8 +161,14 @@ def mixtral(directory: Path) -> PreTrainedModel:
 
 
 @pytest.mark.engine
-def test_an_engine_samples_peft_adapters(start: Any, tmp_path: Path) -> None:
-    """Transformers' Mixtral as it stands; two adapters and none in one batch."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_samples_peft_adapters(
+    start: Any, tmp_path: Path, ranks: int
+) -> None:
+    """Transformers' Mixtral as it stands; two adapters and none in one batch.
+
+    Two ranks have a part of each expert, by Transformers' own plan.
+    """
     model = mixtral(tmp_path / "model")
     ModelRegistry.register_model(
         "MixtralForCausalLM",
@@ -222,7 +184,12 @@ def test_an_engine_samples_peft_adapters(start: Any, tmp_path: Path) -> None:
         references.append(wrapped)
         requests.append(LoRARequest(str(number), number, str(tmp_path / str(number))))
     llm = start(
-        model=str(tmp_path / "model"), enable_lora=True, max_loras=2, max_lora_rank=8
+        processes=ranks > 1,
+        model=str(tmp_path / "model"),
+        tensor_parallel_size=ranks,
+        enable_lora=True,
+        max_loras=2,
+        max_lora_rank=8,
     )
     prompts = [torch.randint(64, (n,)).tolist() for n in (9, 14, 11)]
     params = SamplingParams(

@@ -153,8 +153,8 @@ class AdaptedModule:
                     all_a.append(empty)
                     all_b.append(empty.new_empty(0, site.local_outputs))
                 else:
-                    all_a.append(self._local(pair[0], site.local_a, site.inputs))
-                    all_b.append(self._local(pair[1], site.local_b, site.outputs))
+                    all_a.append(self._local(pair[0], site, site.local_a))
+                    all_b.append(self._local(pair[1], site, site.local_b))
             ranks = [a.shape[0] for a in all_a]
             scales = [adapter.config.scale_of(name) for adapter in adapters]
             hook.slots = Slots(
@@ -169,11 +169,16 @@ class AdaptedModule:
     def _local(
         self,
         factor: torch.Tensor,
+        site: Site,
         local: Callable[[torch.Tensor], torch.Tensor],
-        width: int,
     ) -> torch.Tensor:
-        """This rank's columns, whose gradients all ranks put together."""
-        part = local(factor.to(self.device))
-        if part.shape[1] == width:
+        """This rank's columns, whose gradients all ranks put together.
+
+        Of a divided stack of experts, each rank has a part of the product, so that also
+        the factor that it has whole gets a part of its gradient.
+        """
+        whole = factor.to(self.device)
+        part = local(whole)
+        if part.shape == whole.shape and not (site.experts and site.is_divided):
             return part
-        return local(tensor_model_parallel_copy(factor.to(self.device)))
+        return local(tensor_model_parallel_copy(whole))

@@ -123,8 +123,12 @@ class SiteHook:
         if size == 0:
             return None
         # [experts, rank, inputs] and [experts, rank, outputs], of PEFT's two orders
-        a = slots.a[slot][:size].view(site.experts, -1, site.inputs)
-        b = slots.b[slot][:size].view(-1, site.experts, site.outputs).transpose(0, 1)
+        a = slots.a[slot][:size].view(site.experts, -1, site.local_inputs)
+        b = (
+            slots.b[slot][:size]
+            .view(-1, site.experts, site.local_outputs)
+            .transpose(0, 1)
+        )
         weight = site.module.get_parameter(site.own_name)
         left, right = (a, b) if site.is_transposed else (b, a)
         left = left.mT.to(weight.dtype) * slots.scales[slot].to(weight.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vllm.model_executor.models.callable_model.logits import OUTPUT_HEADS
 from vllm.model_executor.parallel_context import ParallelContext
@@ -59,6 +60,10 @@ class Site:
         if self.experts:
             return (1, 2) if self.is_transposed else (2, 1)
         return (0, 1) if self.is_embedding else (1, 0)
+
+    @property
+    def is_divided(self) -> bool:
+        return self.layout.local_shape != self.layout.shape
 
     @property
     def own_name(self) -> str:
@@ -141,15 +146,17 @@ def _stacks(name: str, part: nn.Module, context: ParallelContext) -> Iterator[Si
     """The parameters of `part` that stack the weights of a block's experts.
 
     vLLM's and Megatron's experts are left out, because their kernels read other
-    tensors; and so are parameters of which a rank has a part.
+    tensors; and so are DTensors, and parameters of which a rank has some experts only.
     """
     block = _block_of_expert(name)
     of_a_library = hasattr(part, "quant_method") or hasattr(part, "ep_group")
     if not block or name.rpartition(".")[2] not in EXPERTS or of_a_library:
         return
     for own, parameter in part.named_parameters(recurse=False):
+        if parameter.dim() != 3 or isinstance(parameter, DTensor):
+            continue
         layout = layout_of(parameter, part, context)
-        if parameter.dim() != 3 or layout.local_shape != layout.shape:
+        if layout.local_shape[0] != layout.shape[0]:
             continue
         yield Site(
             f"{without_wrappers(name)}.{own}",
