@@ -95,10 +95,8 @@ class WithAdapter(nn.Module):
         super().__init__()
         self.model = model
         self._adapted = AdaptedModule(model)
-        self.adapter = Adapter.start(config, self._adapted.sites, seed=0)
-        for name, factors in self.adapter.factors.items():
-            a, b = (f.to(self._adapted.device).requires_grad_() for f in factors)
-            self.adapter.factors[name] = (a, b)
+        adapter = Adapter.start(config, self._adapted.sites, seed=0)
+        self.adapter = adapter.for_training(self._adapted.device)
 
     def forward(self, tokens: torch.Tensor, **arguments: Any) -> Any:
         rows = torch.zeros(tokens.numel(), dtype=torch.int64)  # all have the adapter

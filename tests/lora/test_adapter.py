@@ -80,6 +80,19 @@ def test_what_is_not_taken_is_named(key, value):
         AdapterConfig.from_peft(PLAIN | {key: value})
 
 
+def test_layers_that_peft_chose_by_number():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["qkv"], layers_to_transform=[1])
+    module = nn.ModuleDict({"model": TinyModel()})
+    model = peft.get_peft_model(module, config)
+    adapter = Adapter.from_peft(
+        model.peft_config["default"].to_dict(), peft.get_peft_model_state_dict(model)
+    )
+    name = "model.layers.1.qkv"
+    assert list(adapter.factors) == [name]
+    assert adapter.config.to_peft(adapter.factors)["target_modules"] == [name]
+
+
 def test_tensors_that_are_not_taken_are_named():
     a, b = torch.zeros(8, 4), torch.zeros(4, 8)
     pair = {

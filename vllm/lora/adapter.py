@@ -22,6 +22,9 @@ CONFIG = "adapter_config.json"
 A_NAMES = {".lora_A.weight": False, ".lora_embedding_A": True}
 B_NAMES = {".lora_B.weight": False, ".lora_embedding_B": True}
 
+# PEFT's choice of layers by their numbers.
+LAYERS = ("layers_to_transform", "layers_pattern")
+
 
 class Adapter:
     """The factors of one adapter, by the name of what each pair changes.
@@ -112,6 +115,16 @@ class Adapter:
         places = {name: place for place, name in enumerate(known)}
         order = sorted(factors, key=lambda name: places.get(name, -1))
         factors = {name: factors[name] for name in order}
+        return Adapter(self.config, factors, self.embeddings)
+
+    def for_training(self, device: torch.device) -> Adapter:
+        """A copy of its values in float32 on `device`, which get gradients."""
+
+        def leaf(factor: torch.Tensor) -> torch.Tensor:
+            own = factor.detach().to(device, torch.float32, copy=True)
+            return own.requires_grad_()
+
+        factors = {name: (leaf(a), leaf(b)) for name, (a, b) in self.factors.items()}
         return Adapter(self.config, factors, self.embeddings)
 
     def copy(self) -> Adapter:
@@ -230,4 +243,6 @@ class Adapter:
                 "expected pairs of lora_A and lora_B."
             )
         factors = {name: (a[name], b[name].t().contiguous()) for name in a}
-        return cls(AdapterConfig.from_peft(config), factors, embeddings)
+        # The tensors say which layers they are of.
+        chosen = {key: config[key] for key in config if key not in LAYERS}
+        return cls(AdapterConfig.from_peft(chosen), factors, embeddings)

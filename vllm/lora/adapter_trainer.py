@@ -121,15 +121,9 @@ class AdapterTrainer:
             adapter = Adapter.start(adapter, self.sites, seed)
         adapter = adapter.named_as(self.sites)
         adapter.check_fits(self.sites)
-        for module_name, (a, b) in adapter.factors.items():
-            adapter.factors[module_name] = (self._leaf(a), self._leaf(b))
-        self.adapters[name] = adapter
+        self.adapters[name] = adapter = adapter.for_training(self.device)
         self._optimizers[name] = torch.optim.AdamW(adapter.parameters())
         return adapter
-
-    def _leaf(self, factor: torch.Tensor) -> torch.Tensor:
-        leaf = factor.detach().to(self.device, torch.float32, copy=True)
-        return leaf.requires_grad_()
 
     def remove(self, name: str) -> None:
         del self.adapters[name], self._optimizers[name]
