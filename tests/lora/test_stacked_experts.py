@@ -24,7 +24,9 @@ from vllm import ModelRegistry, SamplingParams
 from vllm.lora.adapter import Adapter
 from vllm.lora.adapter_config import AdapterConfig
 from vllm.lora.adapter_trainer import AdapterTrainer
+from vllm.lora.mixtures import mixtures_of
 from vllm.lora.request import LoRARequest
+from vllm.lora.site_hooks import BatchRows, SiteHook
 from vllm.lora.sites import find_sites, targets_of
 from vllm.model_executor.parallel_context import ParallelContext
 
@@ -137,6 +139,27 @@ def test_targets() -> None:
     assert all(not site.experts for site in targets_of(AdapterConfig(2), sites))
     with pytest.raises(ValueError, match=r"experts\.w1.*mlp\.experts\.gate_up_proj"):
         targets_of(AdapterConfig(2, target_parameters=("experts.w1",)), sites)
+
+
+@torch.no_grad()
+def test_a_block_is_called_once_unless_an_adapter_changes_its_experts() -> None:
+    model = Model(mixtral_block())
+    sites = find_sites(model, ParallelContext())
+    rows = BatchRows(torch.tensor([0, 1, 0]), tokens=3)
+    hooks = {name: SiteHook(site, rows) for name, site in sites.items()}
+    for hook in hooks.values():
+        hook.slots.ranks = torch.zeros(2, dtype=torch.int32)
+    mixture = mixtures_of(model, hooks, rows)["mlp"]
+    mixture.attach()
+    calls: list[int] = []
+    model.mlp.gate.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+    layers = AdapterConfig(2, target_modules=("qkv",))
+    experts = AdapterConfig(2, target_modules=(), target_parameters=tuple(STACKS))
+    for configs, expected in (([layers, layers], 1), ([layers, experts], 2)):
+        calls.clear()
+        mixture.look_at([Adapter.start(config, sites) for config in configs])
+        model.mlp(torch.randn(1, 3, HIDDEN))
+        assert len(calls) == expected
 
 
 def mixtral(directory: Path) -> PreTrainedModel:

@@ -83,14 +83,11 @@ class Adapter:
 
     @classmethod
     def zeros(cls, sites: dict[str, Site], rank: int) -> Adapter:
-        """An adapter that changes nothing, of all `sites`."""
-        factors = {}
-        for name, site in sites.items():
-            rows = site.factor_rows(rank)
-            factors[name] = (
-                torch.zeros(rows, site.inputs),
-                torch.zeros(rows, site.outputs),
-            )
+        """An adapter that changes nothing, of all `sites`, which are layers."""
+        factors = {
+            name: (torch.zeros(rank, site.inputs), torch.zeros(rank, site.outputs))
+            for name, site in sites.items()
+        }
         return cls(AdapterConfig(rank), factors)
 
     def restricted_to(self, sites: dict[str, Site]) -> Adapter:

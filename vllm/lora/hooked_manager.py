@@ -90,11 +90,11 @@ class HookedLoRAManager:
         if self.device.type != "cpu":  # its CUDA graphs do not know the rows
             sites = {name: s for name, s in sites.items() if s.mixture is None}
         self._sites = sites
-        self._all_names = list(sites)
+        self._all_names = dict.fromkeys(sites)  # in the model's order
         if self._context.pipeline_parallel_size > 1:
             texts = all_gather_text("\n".join(sites), get_pp_group().cpu_group)
             names = (name for text in texts for name in text.split("\n"))
-            self._all_names = [name for name in names if name]
+            self._all_names = dict.fromkeys(filter(None, names))
         if not self._all_names:
             raise ValueError(
                 f"enable_lora is set, but {type(model.module).__name__} has no linear "
@@ -104,19 +104,20 @@ class HookedLoRAManager:
         for hook in self._hooks.values():
             hook.slots = self._empty_slots(hook)
             hook.attach()
-        for mixture in mixtures_of(model.module, self._hooks, self._rows).values():
+        self._mixtures = mixtures_of(model.module, self._hooks, self._rows)
+        for mixture in self._mixtures.values():
             mixture.attach()
         self._rows.slots = self._token_slots
         model.lora_manager = self
         return model
 
     def _empty_slots(self, hook: SiteHook) -> Slots:
-        number, most = self.config.max_loras, self.config.max_lora_rank
-        dtype, site = self.config.lora_dtype, hook.site
+        number, dtype, site = self.config.max_loras, self.config.lora_dtype, hook.site
+        # Room for all of a stack's experts comes with an adapter that changes them.
+        most = 0 if site.experts else self.config.max_lora_rank
         room = {"dtype": dtype, "device": self.device}
-        rows = site.factor_rows(most)
-        a = torch.zeros(number, rows, site.local_inputs, **room)  # type: ignore
-        b = torch.zeros(number, rows, site.local_outputs, **room)  # type: ignore
+        a = torch.zeros(number, most, site.local_inputs, **room)  # type: ignore
+        b = torch.zeros(number, most, site.local_outputs, **room)  # type: ignore
         return Slots(
             a,
             b,
@@ -250,16 +251,22 @@ class HookedLoRAManager:
     def _fill(self, slot: int, adapter: Adapter) -> None:
         for name, hook in self._hooks.items():
             slots, pair = hook.slots, adapter.factors.get(name)
+            rows = 0 if pair is None else pair[0].shape[0]
+            slots.ranks[slot] = rows
+            if hook.site.experts:
+                slots.a, slots.b = list(slots.a), list(slots.b)
+                slots.a[slot] = slots.a[slot].new_zeros(rows, hook.site.local_inputs)
+                slots.b[slot] = slots.b[slot].new_zeros(rows, hook.site.local_outputs)
             slots.a[slot].zero_()
             slots.b[slot].zero_()
             if pair is None:
-                slots.ranks[slot] = 0
                 continue
-            rows = pair[0].shape[0]
             slots.a[slot][:rows] = hook.site.local_a(pair[0])
             slots.b[slot][:rows] = hook.site.local_b(pair[1])
-            slots.ranks[slot] = rows
             slots.scales[slot] = adapter.config.scale_of(name)
+        in_slots = [self._adapters[n] for n in self._slots if n is not None]
+        for mixture in self._mixtures.values():
+            mixture.look_at(in_slots)
 
     # ---- Each step -------------------------------------------------------------------
 
@@ -333,7 +340,8 @@ class HookedLoRAManager:
         """An adapter that changes nothing, for a warm-up."""
         if request.lora_int_id in self._adapters:
             return False
-        self._keep(request.lora_int_id, Adapter.zeros(self._sites, rank))
+        layers = {name: site for name, site in self._sites.items() if not site.experts}
+        self._keep(request.lora_int_id, Adapter.zeros(layers, rank))
         self._dummies.add(request.lora_int_id)
         return True
 

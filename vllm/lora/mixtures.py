@@ -10,13 +10,14 @@ on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapter import Adapter
 from .site_hooks import BatchRows, SiteHook
 
 
@@ -29,17 +30,23 @@ class Mixture:
             output is a tensor or a tuple of tensors with the same leading axes or with
             `[tokens, ...]`. No token may depend on another.
         rows: which row has which adapter.
-        stacks: of those of its experts' weights that are one parameter.
+        hooks: of its experts, by name.
 
     """
 
     def __init__(
-        self, name: str, block: nn.Module, rows: BatchRows, stacks: list[SiteHook]
+        self,
+        name: str,
+        block: nn.Module,
+        rows: BatchRows,
+        hooks: Mapping[str, SiteHook],
     ) -> None:
         self.name = name
         self.block = block
         self.rows = rows
-        self.stacks = stacks
+        self.stacks = {name: hook for name, hook in hooks.items() if hook.site.experts}
+        self._has_layers = len(self.stacks) < len(hooks)
+        self._is_changed = True
 
     def attach(self) -> None:
         own = self.block.forward
@@ -53,8 +60,18 @@ class Mixture:
         # what `attach` has put before the method of the class
         self.block.__dict__.pop("forward", None)
 
+    def look_at(self, adapters: Iterable[Adapter]) -> None:
+        """Whether to call the block once, if none of `adapters` changes its experts.
+
+        Experts that are layers have hooks that have to know the rows' adapter in any
+        case.
+        """
+        self._is_changed = self._has_layers or any(
+            name in adapter.factors for adapter in adapters for name in self.stacks
+        )
+
     def _forward(self, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.rows.any_adapter:
+        if not (self._is_changed and self.rows.any_adapter):
             return own(x, *args, **kwargs)
         rows = self.rows.slots if self.rows.host is None else self.rows.host
         assert rows is not None and not rows.is_cuda
@@ -97,7 +114,7 @@ class Mixture:
         The sum is an attribute of the module, which Python finds before it asks
         `nn.Module` for the parameter of that name. So the parameter stays what it is.
         """
-        changed = [(stack, stack.changed_stack(slot)) for stack in self.stacks]
+        changed = [(s, s.changed_stack(slot)) for s in self.stacks.values()]
         try:
             for stack, weight in changed:
                 if weight is not None:
@@ -112,14 +129,13 @@ def mixtures_of(
     module: nn.Module, hooks: Mapping[str, SiteHook], rows: BatchRows
 ) -> dict[str, Mixture]:
     """By name, the blocks of `module` whose experts are among those of `hooks`."""
-    stacks: dict[str, list[SiteHook]] = {}
-    for hook in hooks.values():
+    blocks: dict[str, dict[str, SiteHook]] = {}
+    for name, hook in hooks.items():
         if hook.site.mixture is not None:
-            own = stacks.setdefault(hook.site.mixture, [])
-            own += [hook] if hook.site.experts else []
+            blocks.setdefault(hook.site.mixture, {})[name] = hook
     return {
         name: Mixture(name, module.get_submodule(name), rows, own)
-        for name, own in stacks.items()
+        for name, own in blocks.items()
     }
 
 
