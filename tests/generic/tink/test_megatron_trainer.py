@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Runs that megatron-core trains, with Hugging Face's names outside."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.adapter import Adapter
 from vllm.lora.adapter_trainer import AdamWParams
 from vllm_generic.tink.backends.base import Batch, Datum, LoraSpec
@@ -48,6 +50,13 @@ CONFIGS = [
     Qwen3Config(**SIZES, head_dim=64, tie_word_embeddings=True),  # with norms
 ]
 TYPES = [config.model_type for config in CONFIGS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups_end_with_the_tests() -> Iterator[None]:
+    """Other tests of this process start an engine's groups themselves."""
+    yield
+    cleanup_dist_env_and_memory()
 
 
 def model_of(config: PreTrainedConfig) -> Any:
