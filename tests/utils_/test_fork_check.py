@@ -46,21 +46,42 @@ def test_a_fork_server_is_kept(monkeypatch):
     assert get_mp_context().get_start_method() == "forkserver"
 
 
-@pytest.mark.gpu
-def test_transformers_imported_first_lets_no_fork_use_cuda():
-    program = (
-        "import transformers.masking_utils\n"
-        "from vllm.utils.system_utils import get_mp_context\n"
-        "print(get_mp_context().get_start_method())\n"
-    )
+# A program that starts a process as vLLM does, which has to be able to use its device.
+PROGRAM = """
+import sys
+
+{first}
+import torch
+
+from vllm.utils.system_utils import get_mp_context
+
+
+def use(device):
+    torch.zeros(1, device=device)
+
+
+if __name__ == "__main__":
+    process = get_mp_context().Process(target=use, args=("{device}",))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import transformers.masking_utils",
+        "import torch; torch.cuda.is_available()",
+        "import torch; torch.accelerator.current_accelerator()",
+    ],
+)
+def test_a_process_can_use_the_device_whatever_came_first(tmp_path, first, device):
+    """Some of these lines, on some hosts, leave a forked process without CUDA."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(first=first, device=device))
     # vLLM, which is imported here, has set the second one.
     unset = ("VLLM_WORKER_MULTIPROC_METHOD", "PYTORCH_NVML_BASED_CUDA_CHECK")
     environment = {k: v for k, v in os.environ.items() if k not in unset}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == "spawn", done.stderr
+    subprocess.run([sys.executable, program], env=environment, check=True)

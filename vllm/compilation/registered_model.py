@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import uuid
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,26 @@ TOKEN_AXES: dict[str, int | list[int] | dict[int, str]] = {
     "intermediate_tensors": 0,
     "inputs_embeds": 0,
 }
+
+
+def record(model: Any, *args: Any, **kwargs: Any) -> str:
+    """Record what an unchanged module does, because no trace keeps its routed calls.
+
+    Its example has a number of tokens of its own, and not that of the batch whose
+    adapters are set.
+
+    Args:
+        model: Has `adapted`.
+        *args: Of its forward.
+        **kwargs: Of its forward.
+
+    Returns:
+        What tells the recording from others.
+
+    """
+    manager = model.lora_manager
+    with nullcontext() if manager is None else manager.without_adapters():
+        return model.adapted.record(model.attention_calls, *args, **kwargs)
 
 
 def compile_if_possible(model_cls: type[Any]) -> type[Any]:
@@ -89,9 +110,7 @@ def compile_if_possible(model_cls: type[Any]) -> type[Any]:
         )
         try:
             if adapted is not None:
-                # No trace keeps the mode and the hooks by which calls are routed.
-                digest = adapted.record(self.attention_calls, *args, **kwargs)
-                _add_digest(digest, self.vllm_config)
+                _add_digest(record(self, *args, **kwargs), self.vllm_config)
             return call(self, *args, **kwargs)
         except Exception as error:
             if self._agreed_to_compile:

@@ -307,6 +307,24 @@ class HookedLoRAManager:
         return len(slots)
 
     @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Calls of the model that are of no batch: no row has an adapter.
+
+        They may have any number of rows. Afterwards the batch has its adapters again.
+        """
+        rows = self._rows
+        rest = rows.tokens, bool(rows.any_adapter), self._token_slots.clone()
+        rows.tokens = 0
+        rows.any_adapter.fill_(False)
+        self._token_slots.fill_(-1)  # compiled code looks only at these
+        try:
+            yield
+        finally:
+            rows.tokens = rest[0]
+            rows.any_adapter.fill_(rest[1])
+            self._token_slots.copy_(rest[2])
+
+    @contextmanager
     def rows_of_logits(self, hidden_states: torch.Tensor) -> Iterator[None]:
         """The adapters of rows `[tokens, hidden]` that go to the output head.
 

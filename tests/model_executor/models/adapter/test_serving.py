@@ -19,6 +19,7 @@ from torch import nn
 from vllm import ModelRegistry, SamplingParams
 from vllm.compilation import registered_model
 from vllm.forward_context import set_forward_context
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.adapter import Adapter, full_forward
 from vllm.model_executor.models.adapter.calls import UnservableError
@@ -129,8 +130,14 @@ def record_by_hand(model):
     """On a CPU vLLM compiles nothing with adapters, but a recording runs without."""
     if model.do_not_compile:
         ids = torch.zeros(8, dtype=torch.int32)
+        # As in a warm-up, whose batch has another number of tokens than the example.
+        request = LoRARequest("warm-up", 9, "none")
+        model.lora_manager.add_dummy_lora(request, rank=8)
+        mapping = LoRAMapping((9,) * 64, (9,) * 64)
+        model.lora_manager.set_active_adapters({request}, mapping)
         with torch.no_grad(), set_forward_context(None, model.vllm_config):
-            model.adapted.record(model.attention_calls, ids, ids.long())
+            registered_model.record(model, ids, ids.long())
+        model.lora_manager.remove_adapter(9)
 
 
 @pytest.mark.engine

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ import vllm.envs as envs
 from vllm.distributed import get_pp_group, get_world_group
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.logger import init_logger
-from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.trainable_attention.kv_caches import trainable_layers
 from vllm.model_executor.models.callable_model.wrapper import CallableModelWrapper
@@ -158,11 +158,11 @@ class _Check:
         steps = steps_of(lengths, scheduler.max_num_batched_tokens)
         # A model with a full forward of its own has windows that cannot be made small.
         limited = [] if self._model.full_forward else list(self._layers.values())
-        with small_limits(limited, self._groups, self._config, longest) as groups:
+        limits = small_limits(limited, self._groups, self._config, longest)
+        with limits as groups, self._without_adapters():
             batches, problem = self._batches(groups, lengths, steps)
             if batches is None:
                 return problem
-            self._without_adapters(sum(lengths))
             for attempt in range(ATTEMPTS):
                 forwards = self._forwards(lengths, steps, attempt)
                 own, problem = self._own(forwards)
@@ -265,10 +265,9 @@ class _Check:
         size = relative_error(self._dtype, self._device)
         return lambda module: rounded_otherwise(module, size, seed)
 
-    def _without_adapters(self, tokens: int) -> None:
-        if self._model.lora_manager is not None:
-            mapping = LoRAMapping((0,) * tokens, (0,) * tokens)
-            self._model.lora_manager.set_active_adapters(set(), mapping)
+    def _without_adapters(self) -> AbstractContextManager[None]:
+        manager = self._model.lora_manager
+        return nullcontext() if manager is None else manager.without_adapters()
 
     def _unused_layers(self) -> list[str]:
         counts = self._model.attention_calls.counts or {}
