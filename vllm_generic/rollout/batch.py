@@ -123,15 +123,16 @@ def collate(
     logprobs = torch.zeros(shape)
     loss_mask = torch.zeros(shape)
     weight_versions = torch.full(shape, NOT_SAMPLED, dtype=torch.int64)
+    # NumPy reads a list several times as fast as PyTorch does.
+    places = [t.numpy() for t in (all_tokens, logprobs, loss_mask, weight_versions)]
     for row, (sample, end) in enumerate(zip(samples, lengths, strict=True)):
         begin = len(sample.prompt_token_ids)
-        all_tokens[row, :begin] = torch.tensor(sample.prompt_token_ids)
-        all_tokens[row, begin:end] = torch.tensor(sample.token_ids)
-        logprobs[row, begin:end] = torch.tensor(sample.logprobs)
-        loss_mask[row, begin:end] = torch.tensor(sample.sampled, dtype=torch.float32)
-        weight_versions[row, begin:end] = torch.tensor(sample.versions)
+        places[0][row, :begin] = sample.prompt_token_ids
+        values = sample.token_ids, sample.logprobs, sample.sampled, sample.versions
+        for place, numbers in zip(places, values, strict=True):
+            place[row, begin:end] = numbers
         if sample.prompt_logprobs is not None:
-            logprobs[row, 1:begin] = torch.tensor(sample.prompt_logprobs)
+            places[1][row, 1:begin] = sample.prompt_logprobs
     return {
         "all_tokens": all_tokens,
         "logprobs": logprobs[:, 1:],
@@ -139,7 +140,10 @@ def collate(
         "weight_versions": weight_versions,
         "lengths": torch.tensor(lengths, dtype=torch.int64),
         "prompt_index": torch.tensor([s.prompt_index for s in samples]),
-        "no_padded_query_ids": [torch.tensor(s.prompt_token_ids) for s in samples],
+        "no_padded_query_ids": [
+            tokens[: len(sample.prompt_token_ids)].clone()
+            for tokens, sample in zip(all_tokens, samples, strict=True)
+        ],
         "str_prompts": [s.prompt or "" for s in samples],
         "str_outputs": [s.text for s in samples],
         "finish_reasons": [s.finish_reason or "" for s in samples],
@@ -158,7 +162,10 @@ def _versions(completion: CompletionOutput, version: int) -> list[int]:
     spans = getattr(completion, "weight_versions", None)
     if spans is None:
         return [version] * len(completion.token_ids)
-    return [int(s.version) for s in spans for _ in range(s.start, s.end)]
+    versions: list[int] = []
+    for span in spans:
+        versions += [int(span.version)] * (span.end - span.start)
+    return versions
 
 
 def number_versions(output: RequestOutput, number: Callable[[str], int]) -> None:
