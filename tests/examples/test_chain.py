@@ -28,6 +28,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         ([], ["--exact"]),
         ([], ["--exact", "--tensor-parallel-size=2"]),
         ([], ["--exact", "--model=nanogpt"]),
+        ([], ["--exact", "--model=megatron"]),
     ],
     ids=[
         "llama",
@@ -37,6 +38,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         "exact",
         "exact, TP=2",
         "exact, nanogpt",
+        "exact, megatron",
     ],
 )
 def test_every_joint_holds(tmp_path, launcher, options):

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Adapters of registered callables in an engine, against the trainer's."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from tiny_model import TinyModel
 
 from vllm import ModelRegistry
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.adapter import Adapter
 from vllm.lora.adapter_config import AdapterConfig
 from vllm.lora.adapter_trainer import AdapterTrainer
 from vllm.lora.request import LoRARequest
@@ -136,6 +138,36 @@ KINDS = {
     "dtensor": build_dtensor,
     "megatron": build_megatron,
 }
+
+
+class ReadsOtherNames(TinyModel):
+    """Another framework writes its adapters, and calls a projection `o_proj`."""
+
+    def read_adapter(self, adapter):
+        pairs = adapter.factors.items()
+        factors = {name.replace("o_proj", "projection"): pair for name, pair in pairs}
+        config = dataclasses.replace(adapter.config, target_modules=tuple(factors))
+        return Adapter(config, factors)
+
+
+def test_a_module_reads_adapters_of_other_names(start, model_dir, tmp_path):
+    base = TinyModel()
+    base.load_state_dict(load_file(model_dir / "model.safetensors"))
+    scale_down(base, 0.2)
+    save_file(base.state_dict(), model_dir / "model.safetensors")
+    trainer = AdapterTrainer(base)
+    adapters.add(trainer, "a", AdapterConfig(4, target_modules="all-linear"), 1)
+    own = trainer.adapters["a"].copy()
+    pairs = own.factors.items()
+    theirs = {name.replace("projection", "o_proj"): pair for name, pair in pairs}
+    assert theirs.keys() != own.factors.keys()
+    config = dataclasses.replace(own.config, target_modules=tuple(theirs))
+    Adapter(config, theirs).save(tmp_path / "a")
+    ModelRegistry.register_model("TinyModel", lambda config, context: ReadsOtherNames())
+    llm = start(**LORA)
+    requests = {"a": LoRARequest("a", 1, str(tmp_path / "a"))}
+    names = ["a", None, "a", "a", None]
+    assert adapters.difference(llm, trainer, PROMPTS, names, requests) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ class HookedLoRAManager:
         for mixture in self._mixtures.values():
             mixture.attach()
         self._rows.slots = self._token_slots
+        self._read_adapter = getattr(model.module, "read_adapter", _as_it_is)
         model.lora_manager = self
         return model
 
@@ -151,7 +152,7 @@ class HookedLoRAManager:
     def _load(self, request: LoRARequest) -> Adapter:
         path = get_adapter_absolute_path(request.lora_path)
         try:
-            adapter = Adapter.load(path).named_as(self._all_names)
+            adapter = self._read_adapter(Adapter.load(path)).named_as(self._all_names)
         except FileNotFoundError as error:
             raise LoRAAdapterNotFoundError(request.lora_name, path) from error
         try:
@@ -365,3 +366,7 @@ class HookedLoRAManager:
 
     def supports_tower_connector_lora(self) -> bool:
         return False
+
+
+def _as_it_is(adapter: Adapter) -> Adapter:
+    return adapter

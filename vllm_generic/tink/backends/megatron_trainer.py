@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import vllm.envs as envs
 from vllm.config import ParallelConfig, VllmConfig
 from vllm.distributed import model_parallel_is_initialized
 from vllm.lora.adapter import Adapter
 from vllm.model_executor.layers.trainable_attention.megatron import CoreAttention
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
+from vllm.model_executor.models.plans.whole import sum_as_divided
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_generic.alone import make_groups_of_one
@@ -46,7 +48,10 @@ class MegatronTrainer(ModuleTrainer):
 
     def __init__(self, base: Any, packed: bool) -> None:
         self._names = Names(base.config)
-        super().__init__(megatron_model(base), packed)
+        model = megatron_model(base)
+        if envs.VLLM_BATCH_INVARIANT:  # the engine divides these sums on one rank, too
+            sum_as_divided(model)
+        super().__init__(model, packed)
 
     def export(self, run: str) -> Adapter:
         return self._names.to_hf(super().export(run))

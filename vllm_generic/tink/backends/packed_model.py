@@ -139,16 +139,14 @@ def build(vllm_config: Any, parallel_context: Any) -> nn.Module:
     return PackedModel(model)
 
 
-def register(folder: Path) -> None:
-    """Let vLLM serve the model of a directory by this module, in all its processes."""
+def register(folder: Path, factory: str = f"{__name__}:build") -> None:
+    """Let vLLM serve the model of a directory by `factory`, in all its processes."""
     from transformers import AutoConfig
 
     from vllm import ModelRegistry
 
     (architecture,) = AutoConfig.from_pretrained(folder).architectures
-    ModelRegistry.register_model(
-        architecture, f"{__name__}:build", supports_torch_compile=False
-    )
+    ModelRegistry.register_model(architecture, factory, supports_torch_compile=False)
 
 
 # ---- Attention -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import vllm.envs as envs
 from vllm.lora.adapter import Adapter
 from vllm_generic.tink.backends import packed_model
 from vllm_generic.tink.backends.base import (
@@ -31,8 +32,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for max_lora_r
 class VLLMSampler:
     """vLLM's engine with LoRA. The adapters of one batch may all differ.
 
-    The engine serves the module that is trained, registered by `packed_model`. Adapters
-    come to it through shared memory.
+    The engine serves the module that is trained, registered by `packed_model`, or in
+    the exact mode by `megatron_engine`. Adapters come to it through shared memory.
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
@@ -44,7 +45,12 @@ class VLLMSampler:
                 f"vLLM is not available ({error}); install it, or sample with hf"
             ) from error
 
-        packed_model.register(folder)
+        if settings.trainer == "megatron" and envs.VLLM_BATCH_INVARIANT:
+            from vllm_generic.tink.backends import megatron_engine
+
+            megatron_engine.register(folder)
+        else:
+            packed_model.register(folder)
         rank: Any = min(known for known in RANKS if known >= settings.max_lora_rank)
         self._max_rank = rank
         arguments = AsyncEngineArgs(
