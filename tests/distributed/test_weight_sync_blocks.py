@@ -3,6 +3,7 @@
 """Blocks that are copied, summed and looked at together, in one pass on a GPU.
 
 On a CPU the kernel runs in Triton's interpreter; on a GPU (`-m gpu`) it is compiled.
+Blocks of a CPU are NumPy's.
 """
 
 from itertools import product
@@ -11,7 +12,7 @@ import pytest
 import torch
 from triton_interpreter import interpret
 
-from vllm.distributed.weight_sync import gpu_blocks
+from vllm.distributed.weight_sync import blocks, cpu_blocks, gpu_blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [8, 50_000, 4096]
@@ -74,3 +75,50 @@ def test_what_is_taken() -> None:
         assert not gpu_blocks.can_read(other)
     assert not gpu_blocks.can_copy(block.float(), block)
     assert not gpu_blocks.can_copy(block.cpu(), block)
+
+
+def by_words(block: torch.Tensor) -> int:
+    """The sum of what a block has, as integers of 8 bytes that lie in a row."""
+    return int(
+        block.clone(memory_format=torch.contiguous_format)
+        .view(-1)
+        .view(torch.int64)
+        .sum()
+    )
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_a_cpu(monkeypatch, source, dtype) -> None:
+    """Copied or cast, in several parts, the last of them short."""
+    monkeypatch.setattr(cpu_blocks, "PART", 1 << 12)
+    block = torch.randn(37, 1000, generator=torch.Generator().manual_seed(0)).to(source)
+    place = torch.zeros_like(block, dtype=dtype)
+    assert cpu_blocks.can_copy(place, block, True)
+    sums = blocks.copy_block(place, block, values=True)
+    assert torch.equal(place, block.to(dtype))
+    assert int(sums.checksum()) == by_words(place) and float(sums.total()) == 0
+    assert int(blocks.checksum(place)) == by_words(place)
+    for odd, where in product((float("inf"), -float("inf"), float("nan")), (0, -1)):
+        wrong = block.clone()
+        wrong[where, where] = odd
+        assert blocks.copy_block(place, wrong, values=True).total().isnan()
+        assert blocks.sum_block(wrong).total().isnan()
+
+
+def test_other_blocks_of_a_cpu() -> None:
+    """What has no words that lie together is read another way, with the same sums."""
+    whole = torch.arange(64 * 64, dtype=torch.float32).view(64, 64)
+    for block in (whole[:, 8:40], whole.t(), whole.view(-1)[1:9], whole[:, 3:5]):
+        assert not cpu_blocks.can_read(block, True)
+        place = torch.zeros(block.shape)
+        sums = blocks.copy_block(place, block, values=True)
+        assert torch.equal(place, block) and float(sums.total()) == 0
+        expected = by_words(block)
+        assert int(sums.checksum()) == int(blocks.checksum(block)) == expected
+    numbers = torch.arange(16, dtype=torch.int64)
+    sums = blocks.sum_block(numbers)
+    assert int(sums.checksum()) == 120 and float(sums.total()) == 0
+    coarse = torch.ones(16).to(torch.float8_e4m3fn)  # its bits have no infinity
+    assert not cpu_blocks.can_read(coarse, True) and cpu_blocks.can_read(coarse, False)
+    assert int(blocks.checksum(coarse)) == by_words(coarse)

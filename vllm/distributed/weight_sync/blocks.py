@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Copying blocks of tensors, and summing them in the same pass over memory.
-
-On a CPU, NumPy copies and sums. PyTorch's operators divide a chunk among threads that
-wait for each other at its end, and for long where all cores are busy, as they are while
-both sides of an update run on one machine.
-"""
+"""Copying blocks of tensors, and summing them in the same pass over memory."""
 
 from __future__ import annotations
 
@@ -16,19 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm.distributed.weight_sync import gpu_blocks
+from vllm.distributed.weight_sync import cpu_blocks, gpu_blocks
+from vllm.distributed.weight_sync.cpu_blocks import INFINITY, INTEGERS
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
 TOGETHER_BYTES = 512 << 20  # from another GPU, before they are summed
 AHEAD = 2  # so many groups of that size are started before an earlier one has come
-# The bits of positive infinity.
-INFINITY = {
-    torch.float16: 0x7C00,
-    torch.bfloat16: 0x7F80,
-    torch.float32: 0x7F80_0000,
-    torch.float64: 0x7FF0_0000_0000_0000,
-}
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sums:
@@ -42,30 +30,31 @@ class Sums:
     def add(self, part: torch.Tensor, values: bool = True) -> None:
         """Add some of its elements; their values only if `total` is asked for."""
         look = values and part.is_floating_point()
-        known = not look or part.dtype in gpu_blocks.EXPONENTS
-        if self._words and known and gpu_blocks.can_read(part):
-            self._add(*gpu_blocks.read([part], look=look))
-            return
-        self._bits.append(_sum_bits(part, self._words))
-        if look:
-            if part.device.type == "cpu":
-                finite = _is_finite(part)
-                self._values.append(torch.tensor(0.0 if finite else float("nan")))
-                return
-            # A sum reads each element once, and makes no tensor of the same size.
-            self._values.append(part.sum().float())
+        if self._words and cpu_blocks.can_read(part, look):
+            self._add(*cpu_blocks.read(part, look=look))
+        elif self._words and _on_gpu(part, look) and gpu_blocks.can_read(part):
+            bits, totals = gpu_blocks.read([part], look=look)
+            self._add(bits[0], totals[0])
+        else:
+            self._bits.append(_sum_bits(part, self._words))
+            if look:
+                self._values.append(_total(part))
 
-    def copy(self, place: torch.Tensor, part: torch.Tensor) -> None:
-        """Copy some of its elements to `place`, and add their bits."""
-        if self._words and gpu_blocks.can_copy(place, part):
-            self._add(*gpu_blocks.read([part], [place], look=False))
-            return
-        copy_part(place, part)
-        self.add(place, values=False)
+    def copy(self, place: torch.Tensor, part: torch.Tensor, values: bool) -> None:
+        """Copy some of its elements to `place`, and add these."""
+        look = values and place.is_floating_point()
+        if self._words and cpu_blocks.can_copy(place, part, look):
+            self._add(*cpu_blocks.read(part, place, look))
+        elif self._words and _on_gpu(place, look) and gpu_blocks.can_copy(place, part):
+            bits, totals = gpu_blocks.read([part], [place], look)
+            self._add(bits[0], totals[0])
+        else:
+            copy_part(place, part)
+            self.add(place, values)
 
-    def _add(self, bits: torch.Tensor, totals: torch.Tensor) -> None:
-        self._bits.append(bits[0])
-        self._values.append(totals[0])
+    def _add(self, bits: torch.Tensor, total: torch.Tensor) -> None:
+        self._bits.append(bits)
+        self._values.append(total)
 
     def checksum(self) -> torch.Tensor:
         """The sum of the block's bits as integers, int64 `[]`."""
@@ -127,7 +116,8 @@ def copy_blocks(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Ten
     together = [_sums_words(p) and gpu_blocks.can_copy(p, b) for p, b in pairs]
     for is_together, indices in _grouped(together).items():
         if not is_together:
-            sums.update((index, copy_block(*pairs[index])) for index in indices)
+            copied = (copy_block(*pairs[index]).checksum() for index in indices)
+            sums.update(zip(indices, copied, strict=True))
             continue
         places, blocks = zip(*(pairs[index] for index in indices), strict=True)
         checksums, _ = gpu_blocks.read(blocks, places, look=False)
@@ -178,12 +168,13 @@ def _grouped(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
     return found
 
 
-def copy_block(place: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Copy a block, and return the checksum of what was copied."""
+def copy_block(place: torch.Tensor, block: torch.Tensor, values: bool = False) -> Sums:
+    """Copy a block, and return the sums of what was copied; its values' if asked."""
     sums = Sums(place)
-    for to, part in chunks(place, block):
-        sums.copy(to, part)
-    return sums.checksum()
+    whole = cpu_blocks.can_copy(place, block, values)  # which has parts of its own
+    for to, part in [(place, block)] if whole else chunks(place, block):
+        sums.copy(to, part, values)
+    return sums
 
 
 def copy_part(to: torch.Tensor, part: torch.Tensor) -> None:
@@ -195,11 +186,12 @@ def copy_part(to: torch.Tensor, part: torch.Tensor) -> None:
         to.copy_(part)
 
 
-def sum_block(block: torch.Tensor) -> Sums:
+def sum_block(block: torch.Tensor, values: bool = True) -> Sums:
     """The sums of all of a block."""
     sums = Sums(block)
-    for (part,) in chunks(block):
-        sums.add(part)
+    whole = cpu_blocks.can_read(block, values)
+    for (part,) in [(block,)] if whole else chunks(block):
+        sums.add(part, values)
     return sums
 
 
@@ -209,10 +201,7 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
     Words of 8 bytes are summed where the last axis has whole ones: a sum costs as much
     for each number, whatever its size. So it depends on the shape, not on the strides.
     """
-    sums = Sums(block)
-    for (part,) in chunks(block):
-        sums.add(part, values=False)
-    return sums.checksum()
+    return sum_block(block, values=False).checksum()
 
 
 def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -257,16 +246,17 @@ def _integers(part: torch.Tensor, bits: torch.dtype | None = None) -> np.ndarray
     return part.detach().view(bits or INTEGERS[part.dtype.itemsize]).numpy()
 
 
-def _is_finite(part: torch.Tensor) -> bool:
-    """Whether no element is an infinity or NaN, of a tensor of a CPU.
+def _total(part: torch.Tensor) -> torch.Tensor:
+    """A number that is finite if all elements are, float32 `[]`."""
+    if part.device.type == "cpu":
+        if part.dtype in INFINITY and part.numel():
+            finite = cpu_blocks.is_finite(_integers(part), part.dtype)
+        else:
+            finite = bool(torch.isfinite(part).all())
+        return torch.tensor(0.0 if finite else float("nan"))
+    # A sum reads each element once, and makes no tensor of the same size.
+    return part.sum().float()
 
-    Those are the largest bit patterns there are, of either sign. As signed integers the
-    positive ones are the largest, and as unsigned ones the negative ones are.
-    """
-    limit = INFINITY.get(part.dtype)
-    if limit is None or part.numel() == 0:
-        return bool(torch.isfinite(part).all())
-    signed = _integers(part)
-    unsigned = signed.view(f"u{signed.dtype.itemsize}")
-    sign = 1 << (8 * signed.dtype.itemsize - 1)
-    return int(signed.max()) < limit and int(unsigned.max()) < sign + limit
+
+def _on_gpu(part: torch.Tensor, look: bool) -> bool:
+    return part.is_cuda and (not look or part.dtype in gpu_blocks.EXPONENTS)

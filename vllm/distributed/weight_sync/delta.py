@@ -75,12 +75,9 @@ class Deltas:
 
         """
         place = room.view(block.dtype).view(block.sizes)
-        sums = Sums(place)
         if not self._keeps:
-            for to, part in chunks(place, source):
-                copy_part(to, part)
-                sums.add(to)
-            return Written(WHOLE, sums)
+            return Written(WHOLE, copy_block(place, source, values=True))
+        sums = Sums(place)
         most = _most_changed(block) if self._compares else -1
         if block.index not in self._bits:
             self._bits[block.index] = place.new_empty(place.numel())
@@ -88,8 +85,7 @@ class Deltas:
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
         changed, start = 0, 0
         for to, part in chunks(place, source):
-            copy_part(to, part)
-            sums.add(to)
+            sums.copy(to, part, values=True)
             new = to.view(-1)
             old = sent[start : start + len(new)]
             if changed <= most:
@@ -161,7 +157,7 @@ def read_block(
     """
     if changed == WHOLE:
         whole = room[: block.nbytes].view(block.dtype).view(block.sizes)
-        return copy_block(place, whole)
+        return copy_block(place, whole).checksum()
     if changed > 0:
         indices, values = _split(block, room, changed)
         indices, values = indices.to(place.device), values.to(place.device)

@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = init_logger(__name__)
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 32 << 20
 TIMEOUT_S = 600.0
 
 DONE_LIMIT = 4  # times `timeout`: the first rank waits for several things in turn
