@@ -157,11 +157,16 @@ def _as_patterns(value: Any) -> str | tuple[str, ...] | None:
     return value if value is None or isinstance(value, str) else tuple(sorted(value))
 
 
+def ends_with(name: str, end: str) -> bool:
+    """Whether `end` is a name of a module, or its last parts."""
+    return name == end or name.endswith(f".{end}")
+
+
 def _matches(patterns: str | tuple[str, ...], name: str) -> bool:
     """By PEFT's rules: a string is a regular expression, others are ends of names."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in patterns)
+    return any(ends_with(name, end) for end in patterns)
 
 
 def _pattern_value(values: Mapping[str, Any], name: str, default: Any) -> Any:

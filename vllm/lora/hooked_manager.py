@@ -27,6 +27,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.model_executor.parallel_context import ParallelContext
 
 from .adapter import Adapter
+from .adapter_config import ends_with
 from .mixtures import mixtures_of
 from .site_hooks import BatchRows, SiteHook, Slots
 from .sites import unknown_module
@@ -85,7 +86,7 @@ class HookedLoRAManager:
             sites = {
                 name: site
                 for name, site in sites.items()
-                if any(name == end or name.endswith(f".{end}") for end in ends)
+                if any(ends_with(name, end) for end in ends)
             }
         if self.device.type != "cpu":  # its CUDA graphs do not know the rows
             sites = {name: s for name, s in sites.items() if s.mixture is None}

@@ -17,7 +17,7 @@ from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.layout import Layout, layout_of
 from vllm.model_executor.parameters.names import full_names, without_wrappers
 
-from .adapter_config import AdapterConfig
+from .adapter_config import AdapterConfig, ends_with
 
 # What PyTorch's and Megatron's or vLLM's layers call their widths.
 LINEAR_WIDTHS = (("in_features", "out_features"), ("input_size", "output_size"))
@@ -209,7 +209,7 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
     layers = [site for site in sites.values() if not site.experts]
     stacks = [site for site in sites.values() if site.experts]
     for end in config.target_parameters:
-        if not any(_ends_with(site.name, end) for site in stacks):
+        if not any(ends_with(site.name, end) for site in stacks):
             raise ValueError(
                 f"target_parameters has {end!r}, which is no parameter of a block's "
                 f"experts; the model has {', '.join(s.name for s in stacks) or 'none'}."
@@ -227,9 +227,7 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
     unknown = []
     if not isinstance(ends, str):
         unknown = [
-            end
-            for end in ends
-            if not any(_ends_with(site.name, end) for site in layers)
+            end for end in ends if not any(ends_with(site.name, end) for site in layers)
         ]
     if unknown or not chosen:
         raise ValueError(
@@ -239,10 +237,6 @@ def targets_of(config: AdapterConfig, sites: dict[str, Site]) -> list[Site]:
             f"{_about_experts(unknown)}"
         )
     return chosen
-
-
-def _ends_with(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
 
 
 def _about_experts(names: Iterable[str]) -> str:
