@@ -29,6 +29,7 @@ from vllm_generic.tink.errors import UserError
 
 pytest.importorskip("megatron.core")
 
+from vllm_generic.tink.backends.megatron_names import Names  # noqa: E402
 from vllm_generic.tink.backends.megatron_trainer import (  # noqa: E402
     MegatronTrainer,
     megatron_model,
@@ -139,6 +140,47 @@ def test_what_megatron_does_not_take(tmp_path: Path) -> None:
     sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 2}
     with pytest.raises(ValueError, match="type 'gpt2' is not built with Megatron"):
         megatron_model(model_of(GPT2Config(**sizes)))
+
+
+def test_adapters_of_peft_are_stacked(tmp_path: Path) -> None:
+    """Some of the layers that are one in Megatron, of other ranks and scales."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LlamaConfig(**SIZES)
+    base = model_of(config)
+    plain = {name: weight.clone() for name, weight in base.state_dict().items()}
+    layers = {"q_proj": 3, "v_proj": 5, "up_proj": 2, "down_proj": 4}
+    peft = get_peft_model(
+        base,
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=list(layers),
+            rank_pattern=layers,
+            alpha_pattern={"v_proj": 40},
+        ),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    peft.save_pretrained(tmp_path)
+    names = Names(config)
+    stacked = names.from_hf(Adapter.load(tmp_path), may_stack=True)
+    ranks = {len(a) for a, _ in stacked.factors.values()}
+    assert ranks == {3 + 5, 2, 4} and len(stacked.factors) == 3 * 2
+    merged = dict(peft.merge_and_unload().state_dict())
+    changes = {name: merged[name] - plain[name] for name in plain}
+    expected = names.tensors(changes)
+    for name, (a, b) in stacked.factors.items():
+        change = stacked.config.scale_of(name) * (b.t() @ a)
+        assert change.norm() > 0.1
+        torch.testing.assert_close(change, expected[f"{name}.weight"])
+    # and back: each layer has its own change
+    for name, (a, b) in names.to_hf(stacked).factors.items():
+        change = names.to_hf(stacked).config.scale_of(name) * (b.t() @ a)
+        torch.testing.assert_close(change, changes[f"{name}.weight"])
 
 
 @pytest.mark.engine

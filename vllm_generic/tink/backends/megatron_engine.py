@@ -37,7 +37,7 @@ class ServedMegatron(MegatronModel):
         return load_full_checkpoint(self, named.items(), self._context)
 
     def read_adapter(self, adapter: Adapter) -> Adapter:
-        return Names(self.config).from_hf(adapter)
+        return Names(self.config).from_hf(adapter, may_stack=True)
 
 
 def build(vllm_config: Any, parallel_context: ParallelContext) -> ServedMegatron:

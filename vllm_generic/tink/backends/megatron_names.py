@@ -10,6 +10,7 @@ B whose columns are theirs. So files of adapters have Hugging Face's names only.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -82,42 +83,75 @@ class Names:
 
     def to_hf(self, adapter: Adapter) -> Adapter:
         """The adapter that changes Hugging Face's layers by the same."""
-        factors = {}
+        factors, scales = {}, {}
         for name, (a, b) in adapter.factors.items():
             rows = self.rows(name) or [torch.arange(b.shape[1])]
             for part, columns in zip(self.parts[name], rows, strict=True):
                 factors[part] = (a.clone(), b[:, columns].contiguous())
-        return _renamed(adapter, factors)
+                scales[part] = adapter.config.scale_of(name)
+        return _renamed(adapter, factors, scales)
 
-    def from_hf(self, adapter: Adapter) -> Adapter:
+    def from_hf(self, adapter: Adapter, may_stack: bool = False) -> Adapter:
         """The adapter of Megatron's layers that changes them by the same.
+
+        Args:
+            adapter: Its names are Hugging Face's.
+            may_stack: Of layers that are one in Megatron take also a part, and more
+                than one A. The rank is then the sum of theirs.
 
         Raises:
             ValueError: layers that are one in Megatron are not all there, or have not
-                one A.
+                one A, and this may not stack them; or a layer is not known.
 
         """
-        factors = {}
+        factors, scales = {}, {}
         left = set(adapter.factors)
         for name, parts in self.parts.items():
             if left.isdisjoint(parts):
                 continue
-            pairs = [adapter.factors[part] for part in parts if part in left]
-            first = pairs[0][0]
-            same = all(torch.equal(first, a) for a, _ in pairs[1:])
-            if len(pairs) < len(parts) or not same:
+            found = {part: adapter.factors[part] for part in parts if part in left}
+            scale = {part: adapter.config.scale_of(part) for part in found}
+            ones = [a for a, _ in found.values()]
+            same = all(torch.equal(ones[0], a) for a in ones[1:])
+            same &= len(set(scale.values())) == 1 and len(found) == len(parts)
+            if same:
+                whole = self._joined(name, [b for _, b in found.values()], 1)
+                factors[name] = (ones[0], whole)
+            elif may_stack:
+                factors[name] = self._stacked(name, found, scale)
+            else:
                 raise ValueError(
                     f"{', '.join(parts)} are one layer of Megatron's, so an adapter "
-                    "has to change all of them, with one lora_A. Load it with the "
-                    "trainer that made it."
+                    "has to change all of them, with one lora_A and one scale. Load it "
+                    "with the trainer that made it."
                 )
             left.difference_update(parts)
-            factors[name] = (first, self._joined(name, [b for _, b in pairs], 1))
+            scales[name] = next(iter(scale.values()))
         if left:
             raise ValueError(
                 f"Megatron's model has no layer {', '.join(sorted(left))}."
             )
-        return _renamed(adapter, factors)
+        return _renamed(adapter, factors, scales)
+
+    def _stacked(
+        self,
+        name: str,
+        found: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        scale: Mapping[str, float],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pair for the layer, times the scale of the first of its parts."""
+        rows = self.rows(name)
+        assert rows is not None
+        first = next(iter(scale.values()))
+        whole = torch.cat([a for a, _ in found.values()])  # [ranks of all, inputs]
+        b = whole.new_zeros(len(whole), sum(map(len, rows)))  # [ranks of all, outputs]
+        start = 0
+        for part, columns in zip(self.parts[name], rows, strict=True):
+            if part in found:
+                own = found[part][1] * (scale[part] / first)
+                b[start : start + len(own), columns] = own
+                start += len(own)
+        return whole, b
 
     def _joined(
         self, name: str, parts: Iterable[torch.Tensor], axis: int
@@ -130,6 +164,30 @@ class Names:
         return whole.index_select(axis, order)
 
 
-def _renamed(adapter: Adapter, factors: dict[str, Any]) -> Adapter:
-    config = dataclasses.replace(adapter.config, target_modules=tuple(factors))
+def _renamed(
+    adapter: Adapter,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    scales: Mapping[str, float],
+) -> Adapter:
+    """An adapter of `factors`, whose outputs are multiplied by `scales`."""
+    names = {name: re.escape(name) for name in factors}
+    plain = dataclasses.replace(
+        adapter.config,
+        target_modules=tuple(factors),
+        exclude_modules=None,
+        rank_pattern={names[name]: len(a) for name, (a, _) in factors.items()},
+        alpha_pattern={},
+    )
+    other = {name: s / plain.scale_of(name) for name, s in scales.items()}
+    config = dataclasses.replace(
+        plain,
+        rank_pattern={
+            names[name]: len(a)
+            for name, (a, _) in factors.items()
+            if len(a) != plain.rank
+        },
+        alpha_pattern={
+            names[n]: plain.alpha * by for n, by in other.items() if by != 1
+        },
+    )
     return Adapter(config, factors)
