@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from vllm.utils import fork_check
 from vllm.utils.fork_check import forked_process_lacks_cuda
 from vllm.utils.system_utils import get_mp_context
 
@@ -20,6 +21,7 @@ def forks(monkeypatch):
 def parent_has_asked(monkeypatch, asked: bool) -> None:
     """What PyTorch says in a forked process, and only there."""
     parent = os.getpid()
+    monkeypatch.setattr(fork_check.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "_is_in_bad_fork", lambda: asked and os.getpid() != parent
@@ -30,6 +32,12 @@ def parent_has_asked(monkeypatch, asked: bool) -> None:
 def test_a_forked_process_tells(monkeypatch, asked):
     parent_has_asked(monkeypatch, asked)
     assert forked_process_lacks_cuda() is asked
+
+
+def test_on_a_cpu_nothing_is_asked(monkeypatch):
+    parent_has_asked(monkeypatch, True)
+    monkeypatch.setattr(fork_check.current_platform, "is_cpu", lambda: True)
+    assert not forked_process_lacks_cuda()
 
 
 @pytest.mark.parametrize("asked, method", [(True, "spawn"), (False, "fork")])

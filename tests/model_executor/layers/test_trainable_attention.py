@@ -9,6 +9,7 @@ import copy
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -542,6 +543,14 @@ def test_a_step_without_packs_may_be_checkpointed_beside_one_with(
     "options", [{}, {"causal": False}, {"sliding_window": 3}, {"logits_soft_cap": 2.0}]
 )
 def test_compiles_to_one_graph(options: dict[str, Any]) -> None:
+    """In a thread of its own, because PyTorch 2.13.0 left keys of the dispatcher
+    excluded in this test's thread in two of four runs of all tests. Why is not known.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(compare_with_compiled, options).result()
+
+
+def compare_with_compiled(options: dict[str, Any]) -> None:
     torch.compiler.reset()
     model = TwoLayers(**options)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
