@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm.distributed.weight_sync import cpu_blocks, gpu_blocks
-from vllm.distributed.weight_sync.cpu_blocks import INFINITY, INTEGERS
+from vllm.distributed.weight_sync.cpu_blocks import INFINITY, INTEGERS, integers
 
 CHUNK_BYTES = 1 << 20  # stays in a core's cache
 TOGETHER_BYTES = 512 << 20  # from another GPU, before they are summed
@@ -181,7 +181,7 @@ def copy_part(to: torch.Tensor, part: torch.Tensor) -> None:
     """Copy all of `part`, of any dtype and device."""
     on_cpu = to.device.type == part.device.type == "cpu"
     if on_cpu and to.dtype == part.dtype:
-        np.copyto(_integers(to), _integers(part))
+        np.copyto(integers(to), integers(part))
     else:
         to.copy_(part)
 
@@ -237,20 +237,15 @@ def _sum_bits(part: torch.Tensor, words: bool) -> torch.Tensor:
             part = part.clone(memory_format=torch.contiguous_format)
         bits = torch.int64
     if part.device.type == "cpu":
-        return torch.tensor(_integers(part, bits).sum(dtype=np.int64))
+        return torch.tensor(integers(part, bits).sum(dtype=np.int64))
     return part.view(bits).sum(dtype=torch.int64)
-
-
-def _integers(part: torch.Tensor, bits: torch.dtype | None = None) -> np.ndarray:
-    """The bits of a tensor of a CPU, as a view."""
-    return part.detach().view(bits or INTEGERS[part.dtype.itemsize]).numpy()
 
 
 def _total(part: torch.Tensor) -> torch.Tensor:
     """A number that is finite if all elements are, float32 `[]`."""
     if part.device.type == "cpu":
         if part.dtype in INFINITY and part.numel():
-            finite = cpu_blocks.is_finite(_integers(part), part.dtype)
+            finite = cpu_blocks.is_finite(integers(part), part.dtype)
         else:
             finite = bool(torch.isfinite(part).all())
         return torch.tensor(0.0 if finite else float("nan"))

@@ -52,10 +52,10 @@ def read(
 
     """
     whole = block if place is None else place
-    words, numbers = _integers(whole, torch.int64), _integers(whole)
     source, target = block.detach().view(-1), whole.detach().view(-1)
+    words, numbers = integers(target, torch.int64), integers(target)
     is_cast = source.dtype != target.dtype
-    from_numbers = numbers if is_cast else _integers(block)
+    from_numbers = numbers if is_cast else integers(source)
     looks = look and whole.is_floating_point()
     items = WORD // whole.itemsize
     starts = range(0, len(words), PART // WORD)
@@ -97,6 +97,6 @@ def _has_words(block: torch.Tensor) -> bool:
     return words and aligned and block.numel() > 0 and block.is_contiguous()
 
 
-def _integers(block: torch.Tensor, bits: torch.dtype | None = None) -> np.ndarray:
-    """The bits of a contiguous tensor, flat, as a view."""
-    return block.detach().view(-1).view(bits or INTEGERS[block.itemsize]).numpy()
+def integers(block: torch.Tensor, bits: torch.dtype | None = None) -> np.ndarray:
+    """The bits of a tensor of a CPU as integers of its own or another size, a view."""
+    return block.detach().view(bits or INTEGERS[block.itemsize]).numpy()
