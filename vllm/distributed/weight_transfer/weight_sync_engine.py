@@ -216,8 +216,11 @@ class _Session:
         if self._rendezvous.get(f"verdict/{self._update}"):
             self._local.commit()
             if self._stream is not None:
-                torch.cuda.current_stream(self._device).synchronize()
+                # The next update writes to what this one is copied from.
+                serving = torch.cuda.current_stream(self._device)
+                self._stream.wait_stream(serving)
                 if self._frees:
+                    serving.synchronize()
                     self._local.release()
         else:
             self._local.discard()

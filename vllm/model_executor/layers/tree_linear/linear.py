@@ -59,7 +59,7 @@ def divided_linear(
 
     Returns:
         `[..., outputs]`, the same on all ranks. Every rank adds the ranks' sums by
-        itself, from one all-gather.
+        itself.
 
     """
     if group is None or group.world_size == 1:
@@ -119,15 +119,18 @@ def total_of_ranks(
     if leaves == 1:
         total = collectives.all_reduce(local, group)
         return total if bias is None else total + bias
-    local = local.unsqueeze(0)  # [1, ..., outputs] -> [ranks, ..., outputs]
     needs_gradient = bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (local.requires_grad or needs_gradient):
-        sums = collectives.all_gather(local, group, dim=0)
-        return round_sum(tree_sum(sums), bias, dtype)
-    sums = group.all_gather(local, dim=0)
-    sums = sums.view(group.world_size, -1, local.shape[-1])
-    out = torch.ops.vllm.tree_total(sums, bias, dtype)
-    return out.view(local.shape[1:])
+        sums = collectives.all_gather(local.unsqueeze(0), group, dim=0)
+        return round_sum(tree_sum(sums), bias, dtype)  # [ranks, ..., outputs]
+    rows = local.reshape(-1, local.shape[-1])
+    if local.is_cuda:
+        name = group.device_group.group_name
+        out = torch.ops.vllm.tree_total_of_ranks(rows, bias, dtype, name)
+    else:
+        sums = group.all_gather(rows.unsqueeze(0), dim=0)  # [ranks, rows, outputs]
+        out = torch.ops.vllm.tree_total(sums, bias, dtype)
+    return out.view(local.shape)
 
 
 def autocast(

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import vllm
 from vllm.model_executor.layers.tree_linear.tree import tree_sum
@@ -77,6 +79,37 @@ def tree_total(
     return round_sum(tree_sum(parts), bias, dtype)
 
 
+def tree_total_of_ranks(
+    local: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    group_name: str,
+) -> torch.Tensor:
+    """`tree_total` of what the GPUs of a process group have.
+
+    Args:
+        local: Float32 or float64 `[rows, outputs]`, of this rank.
+        bias: `[outputs]`, the same on all ranks, or None.
+        dtype: Of the result.
+        group_name: The `group_name` of the process group.
+
+    Returns:
+        `[rows, outputs]`, the same on all ranks.
+
+    """
+    group = distributed_c10d._resolve_process_group(group_name)
+    if local.dtype == torch.float32:
+        # late, as above
+        from vllm.model_executor.layers.tree_linear import peer_sums
+
+        room = peer_sums.room_of(group)
+        if room is not None:
+            return peer_sums.sum_of_peers(room, local, bias, dtype)
+    parts = local.new_empty((group.size(), *local.shape))  # [ranks, rows, outputs]
+    dist.all_gather(list(parts), local.contiguous(), group)
+    return tree_total(parts, bias, dtype)
+
+
 def round_sum(
     total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -128,7 +161,20 @@ def _fake_total(
     return parts.new_empty(parts.shape[1:], dtype=dtype)
 
 
-for operator, fake in ((tree_product, _fake), (tree_total, _fake_total)):
+def _fake_total_of_ranks(
+    local: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    group_name: str,
+) -> torch.Tensor:
+    return torch.empty_like(local, dtype=dtype)
+
+
+for operator, fake in (
+    (tree_product, _fake),
+    (tree_total, _fake_total),
+    (tree_total_of_ranks, _fake_total_of_ranks),
+):
     name = operator.__name__
     direct_register_custom_op(name, operator, fake_impl=fake, dispatch_key="CPU")
     vllm_lib.impl(name, operator, dispatch_key="CUDA")
