@@ -97,7 +97,8 @@ def tree_total_of_ranks(
         `[rows, outputs]`, the same on all ranks.
 
     """
-    group = distributed_c10d._resolve_process_group(group_name)
+    # Its parameter is a subtype of str, which an operator cannot have.
+    group = distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     if local.dtype == torch.float32:
         # late, as above
         from vllm.model_executor.layers.tree_linear import peer_sums
