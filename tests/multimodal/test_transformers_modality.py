@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -158,6 +160,36 @@ def qwen_vl_config(rope: dict) -> Qwen2_5_VLConfig:
 MROPE = {"mrope_section": [4, 6, 6]}
 
 
+def qwen3_vl_config() -> Qwen3VLConfig:
+    """The first two of three decoder layers add features of an image."""
+    text = qwen_vl_config({"mrope_section": [6, 5, 5]}).text_config.to_dict()
+    del text["model_type"], text["layer_types"]
+    return Qwen3VLConfig(
+        text_config=text | {"num_hidden_layers": 3, "head_dim": 32},
+        vision_config={
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 48,
+            "depth": 3,
+            "num_heads": 2,
+            "patch_size": 4,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.3,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        architectures=["Qwen3VLForConditionalGeneration"],
+    )
+
+
+CHUNKS, COMPILED = {"max_num_batched_tokens": 16}, {"enforce_eager": False}
+QWENS = {
+    "2.5": (Qwen2_5_VLForConditionalGeneration, lambda: qwen_vl_config(MROPE)),
+    "3": (Qwen3VLForConditionalGeneration, qwen3_vl_config),
+}
+
+
 @pytest.mark.parametrize(
     ("rope", "multimodal", "method", "found"),
     [
@@ -203,19 +235,31 @@ def merged_patches(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("chunk", [None, 16])
-def test_qwen_vl_by_a_lambda(tmp_path, start, chunk):
-    """Tokens of an image have positions of three axes, as the module computes them."""
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [
+        pytest.param("2.5", {}, id="2.5"),
+        pytest.param("2.5", CHUNKS, id="2.5-chunks"),
+        pytest.param("2.5", COMPILED, id="2.5-compiled", marks=pytest.mark.slow),
+        pytest.param("3", {}, id="3", marks=pytest.mark.slow),
+        pytest.param("3", CHUNKS, id="3-chunks"),
+        pytest.param("3", CHUNKS | COMPILED, id="3-chunks-compiled"),
+    ],
+)
+def test_qwen_vl_by_a_lambda(tmp_path, start, version, options):
+    """Tokens of an image have positions of three axes, as the module computes them.
+
+    In the newer one decoder layers add features of the image, too.
+    """
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(qwen_vl_config(MROPE)).eval()
-    model.config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    model_cls, config = QWENS[version]
+    model = model_cls(config()).eval()
+    model.config.architectures = [model_cls.__name__]
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     ModelRegistry.register_model(
-        "Qwen2_5_VLForConditionalGeneration",
-        lambda vllm_config, context: Qwen2_5_VLForConditionalGeneration(
-            vllm_config.model_config.hf_config
-        ),
+        model_cls.__name__,
+        lambda vllm_config, context: model_cls(vllm_config.model_config.hf_config),
         multimodal=Modality(
             "image",
             placeholder="<image>",
@@ -224,8 +268,9 @@ def test_qwen_vl_by_a_lambda(tmp_path, start, chunk):
             largest=lambda: Image.new("RGB", (2 * SIDE, 2 * SIDE)),
         ),
     )
-    chunks = {} if chunk is None else {"max_num_batched_tokens": chunk}
-    llm = start(model=str(tmp_path), skip_tokenizer_init=False, **chunks)
+    llm = start(model=str(tmp_path), skip_tokenizer_init=False, **options)
+    compiles = not options.get("enforce_eager", True)
+    assert llm.apply_model(lambda m: m.do_not_compile) == [not compiles]
     # Grids of 2 x 2, of 4 x 2 and of 2 x 4 tokens, and a prompt of text alone.
     shown = [Image.new("RGB", size, "red") for size in ((16, 16), (16, 32), (32, 16))]
     prompts = [
@@ -253,11 +298,15 @@ def test_qwen_vl_by_a_lambda(tmp_path, start, chunk):
         torch.testing.assert_close(served, expected.amax(-1), atol=1e-4, rtol=0)
 
 
-def test_features_for_later_layers_are_refused():
-    """Qwen3-VL adds some of an image's features after the first layers."""
+def test_features_that_no_layer_adds_are_refused():
     rows = torch.zeros(1, 4, 8)  # [images, tokens, hidden]
     features = SimpleNamespace(pooler_output=rows, deepstack_features=None)
     assert rows_of(features).shape == (4, 8)
-    features.deepstack_features = [rows]
-    with pytest.raises(TypeError, match="deepstack_features, which are for layers"):
+    level = torch.ones(4, 8)
+    features.deepstack_features = [level, [2 * level]]
+    assert rows_of(features, 2)[0].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    with pytest.raises(TypeError, match="of 2 layers; expected as many .* add them: 0"):
         rows_of(features)
+    features.deepstack_features = [(3, [level]), (5, [level])]  # Granite's form
+    with pytest.raises(TypeError, match="deepstack_features of 2 layers"):
+        rows_of(features, 2)

@@ -190,8 +190,9 @@ def _unlike(graph: fx.GraphModule, numbers: Iterable[int]) -> dict[int, sympy.Ba
     """
     assert graph.shape_env is not None  # the tracing is symbolic
     found: dict[int, sympy.Basic] = {}
+    sizes = _other_sizes(graph)
     for guard in graph.shape_env.guards:
-        question = guard.expr
+        question = guard.expr.xreplace(sizes)
         # The sizes of parameters are numbers, so each symbol is a number of tokens.
         symbols = sorted(question.free_symbols, key=str)
         functions = {type(f).__name__: type(f) for f in question.atoms(sympy.Function)}
@@ -200,6 +201,33 @@ def _unlike(graph: fx.GraphModule, numbers: Iterable[int]) -> dict[int, sympy.Ba
             if not holds(*[tokens] * len(symbols)):
                 found.setdefault(tokens, question)
     return dict(sorted(found.items()))
+
+
+def _other_sizes(graph: fx.GraphModule) -> dict[sympy.Basic, sympy.Integer]:
+    """The values of symbols that are no numbers of tokens.
+
+    The first axis of the first input is of tokens. Its others, the width of embeddings
+    and the axes of positions, have symbols too, but do not change.
+    """
+    inputs, *others = (
+        node.meta["val"].shape for node in graph.graph.find_nodes(op="placeholder")
+    )
+    if not isinstance(inputs[0], torch.SymInt):
+        return {}  # a question has fixed the number of tokens
+    sizes = [size for shape in (inputs[1:], *others) for size in shape]
+    values = {
+        size.node.expr: sympy.Integer(size.node.hint)
+        for size in sizes
+        if isinstance(size, torch.SymInt)
+    }
+    assert graph.shape_env is not None
+    for guard in graph.shape_env.guards:
+        if isinstance(guard.expr, sympy.Eq):  # it has made a size a number
+            symbol, value = guard.expr.args
+            if symbol.is_Symbol and value.is_Integer:
+                values[symbol] = value
+    values.pop(inputs[0].node.expr, None)
+    return values
 
 
 def _unrecordable(question: sympy.Basic, tokens: int) -> UnrecordableError:

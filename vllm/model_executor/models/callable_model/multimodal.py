@@ -26,6 +26,7 @@ from vllm.multimodal.transformers_modality import NUM_TOKENS
 from vllm.v1.engine.startup_failure import enter_stage
 
 from .checks import check_takes_embeddings
+from .deepstack import beside, layer_features
 from .messages import describe
 from .mrope import check_types
 from .wrapper import CallableModelWrapper
@@ -46,6 +47,7 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
         check_embeds(self._arch, self.module, self.modalities)
         why = "it is registered with multimodal inputs"
         check_takes_embeddings(self._arch, self.module, self._forward_keywords, why)
+        self._features = layer_features(self._arch, self.module, vllm_config)
         if self.supports_mrope:
             check_types(self._arch, self.module, [one.name for one in self.modalities])
 
@@ -59,8 +61,36 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
     def get_language_model(self) -> Any:
         return _WithoutEncoders(self)
 
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings `[tokens, hidden]` of a step's tokens, and of its inputs.
+
+        Args:
+            input_ids: `[tokens]`.
+            multimodal_embeddings: As `embed_multimodal` made them.
+            is_multimodal: Bool `[tokens]`, those of the inputs.
+
+        """
+        embeddings = [] if multimodal_embeddings is None else [*multimodal_embeddings]
+        if self._features is not None:
+            tokens = len(input_ids)
+            embeddings = self._features.keep(tokens, embeddings, is_multimodal)
+        return super().embed_input_ids(
+            input_ids,
+            embeddings,
+            is_multimodal=cast(torch.Tensor, is_multimodal),  # None without inputs
+        )
+
     def embed_multimodal(self, **tensors: Any) -> MultiModalEmbeddings:
         """Embeddings `[tokens, hidden]` of each input.
+
+        Where decoder layers add features of the input, these come after it: `[tokens,
+        (1 + levels) x hidden]`.
 
         Args:
             **tensors: as `Modality.process` made them, with one more axis in front, of
@@ -74,8 +104,10 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
         tensors.pop(NUM_TOKENS, None)
         # One input at a time: how a library batches them is its own affair.
         rows = zip(*tensors.values(), strict=True)
+        levels = 0 if self._features is None else self._features.levels
         return [
-            rows_of(features(**dict(zip(tensors, one, strict=True)))) for one in rows
+            rows_of(features(**dict(zip(tensors, one, strict=True))), levels)
+            for one in rows
         ]
 
     @functools.cached_property
@@ -120,6 +152,8 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
                 )
                 raise
             expected = [self._inputs.max_tokens[name], width]
+            if self._features is not None:
+                embeddings = [each[:, :width] for each in embeddings]
             found = [
                 list(one.shape) if isinstance(one, torch.Tensor) else describe(one)
                 for one in (embeddings if embeddings is not None else ())
@@ -215,19 +249,21 @@ def inputs_of(architecture: str, multimodal: Any) -> tuple[Modality, ...]:
     return tuple(several)
 
 
-def rows_of(features: Any) -> torch.Tensor:
-    """Embeddings `[tokens, hidden]` in what Hugging Face's method returned.
+def rows_of(features: Any, levels: int = 0) -> torch.Tensor:
+    """Embeddings in what Hugging Face's method returned.
+
+    Args:
+        features: A tensor, or an object that has one.
+        levels: How many decoder layers add features of an input.
+
+    Returns:
+        `[tokens, hidden]`, or with features of decoder layers
+        `[tokens, (1 + levels) x hidden]`.
 
     Raises:
-        TypeError: there are none, or more than the embeddings.
+        TypeError: there are none, or features that no layer adds.
 
     """
-    if getattr(features, "deepstack_features", None):
-        raise TypeError(
-            "it returned deepstack_features, which are for layers after the first; "
-            "expected embeddings alone. Serve vLLM's own model of this architecture, "
-            "without registering it."
-        )
     found = getattr(features, "pooler_output", features)
     if isinstance(found, list | tuple) and len(found) == 1:
         found = found[0]
@@ -236,4 +272,6 @@ def rows_of(features: Any) -> torch.Tensor:
             f"it returned {describe(found)} for one input; expected a tensor, or an "
             "object that has one as pooler_output"
         )
-    return found.flatten(0, -2)
+    found = found.flatten(0, -2)
+    later = getattr(features, "deepstack_features", None)
+    return beside(found, later, levels) if later else found
