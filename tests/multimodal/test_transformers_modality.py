@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from image_model import drawing
@@ -22,6 +23,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    VoxtralConfig,
+    VoxtralForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -30,7 +33,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from vllm import ModelRegistry, SamplingParams
 from vllm.model_executor.models.callable_model.checks import check_positions
-from vllm.model_executor.models.callable_model.mrope import check_types
+from vllm.model_executor.models.callable_model.mrope import (
+    PositionsOfSeveralAxes,
+    check_types,
+)
 from vllm.model_executor.models.callable_model.multimodal import rows_of
 from vllm.multimodal.modality import Modality
 from vllm.multimodal.transformers_modality import images_of_processor
@@ -116,12 +122,25 @@ def test_llava_by_a_lambda(llava, start):
     (output,) = llm.generate(
         {"prompt": text, "multi_modal_data": {"image": shown}}, GREEDY
     )
-    tokens = list(output.outputs[0].token_ids)
     inputs = processor()(text=text, images=shown, return_tensors="pt")
     assert output.prompt_token_ids == inputs["input_ids"][0].tolist()
-    ids = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+    check(output, model, pixel_values=inputs["pixel_values"])
+
+
+def check(output, model, **inputs) -> None:
+    """Greedy tokens and their log-probs are those of the model by itself.
+
+    Args:
+        output: Of an engine.
+        model: Takes `input_ids`, and tensors.
+        **inputs: Tensors, or functions of `input_ids`.
+
+    """
+    tokens = list(output.outputs[0].token_ids)
+    ids = torch.tensor([output.prompt_token_ids + tokens])
+    given = {key: one(ids) if callable(one) else one for key, one in inputs.items()}
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0]
+        logits = model(input_ids=ids, **given).logits[0]
     expected = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
     assert tokens == expected.argmax(-1).tolist()
     steps = zip(output.outputs[0].logprobs, tokens, strict=True)
@@ -234,6 +253,20 @@ def merged_patches(tensors: Mapping[str, torch.Tensor]) -> int:
     return int(tensors["image_grid_thw"].prod()) // 4
 
 
+QWEN_IMAGES = Modality(
+    "image",
+    placeholder="<image>",
+    process=patches,
+    num_tokens=merged_patches,
+    largest=lambda: Image.new("RGB", (2 * SIDE, 2 * SIDE)),
+)
+
+
+def types_of(ids: torch.Tensor) -> torch.Tensor:
+    """As Transformers numbers them: text, images, videos."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("version", "options"),
@@ -260,13 +293,7 @@ def test_qwen_vl_by_a_lambda(tmp_path, start, version, options):
     ModelRegistry.register_model(
         model_cls.__name__,
         lambda vllm_config, context: model_cls(vllm_config.model_config.hf_config),
-        multimodal=Modality(
-            "image",
-            placeholder="<image>",
-            process=patches,
-            num_tokens=merged_patches,
-            largest=lambda: Image.new("RGB", (2 * SIDE, 2 * SIDE)),
-        ),
+        multimodal=QWEN_IMAGES,
     )
     llm = start(model=str(tmp_path), skip_tokenizer_init=False, **options)
     compiles = not options.get("enforce_eager", True)
@@ -284,18 +311,143 @@ def test_qwen_vl_by_a_lambda(tmp_path, start, version, options):
     made = [patches(image) for image in shown]
     images = {key: torch.cat([one[key] for one in made]) for key in made[0]}
     for output, inputs in zip(outputs, [images, {}], strict=True):
-        tokens = list(output.outputs[0].token_ids)
-        ids = torch.tensor([output.prompt_token_ids + tokens])
-        assert (ids == IMAGE).sum() == (4 + 8 + 8 if inputs else 0)
-        with torch.no_grad():
-            logits = model(
-                input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(), **inputs
-            ).logits[0]
-        expected = logits.log_softmax(-1)[-len(tokens) - 1 : -1]
-        assert tokens == expected.argmax(-1).tolist()
-        steps = zip(output.outputs[0].logprobs, tokens, strict=True)
-        served = torch.tensor([step[token].logprob for step, token in steps])
-        torch.testing.assert_close(served, expected.amax(-1), atol=1e-4, rtol=0)
+        assert output.prompt_token_ids.count(IMAGE) == (4 + 8 + 8 if inputs else 0)
+        check(output, model, mm_token_type_ids=types_of, **inputs)
+
+
+def video_patches(video: np.ndarray) -> dict[str, torch.Tensor]:
+    """Two frames of 4 x 4 pixels each, in the order in which 2 x 2 are merged."""
+    frames, height, width, _ = video.shape
+    grid = (frames // 2, height // 4, width // 4)
+    pixels = torch.from_numpy(video).float() / 255  # [frames, height, width, 3]
+    # [t, 2, h / 2, 2, 4, w / 2, 2, 4, 3] -> [patches, 3 x 2 x 4 x 4]
+    parts = pixels.view(grid[0], 2, grid[1] // 2, 2, 4, grid[2] // 2, 2, 4, 3)
+    rows = parts.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).flatten(5).flatten(0, 4)
+    return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor(grid)[None]}
+
+
+QWEN_VIDEOS = Modality(
+    "video",
+    placeholder="<video>",
+    process=video_patches,
+    num_tokens=lambda tensors: int(tensors["video_grid_thw"].prod()) // 4,
+    largest=lambda: np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8),
+)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("version", ["2.5", pytest.param("3", marks=pytest.mark.slow)])
+def test_a_video_beside_an_image(tmp_path, start, version):
+    """The newer Qwen has text between any two frames, which says when they are."""
+    torch.manual_seed(0)
+    model_cls, config = QWENS[version]
+    model = model_cls(config()).eval()
+    model.config.architectures = [model_cls.__name__]
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    ModelRegistry.register_model(
+        model_cls.__name__,
+        lambda vllm_config, context: model_cls(vllm_config.model_config.hf_config),
+        multimodal=[QWEN_IMAGES, QWEN_VIDEOS],
+    )
+    llm = start(model=str(tmp_path), skip_tokenizer_init=False, **CHUNKS)
+    video = np.random.default_rng(0).integers(0, 256, (4, 8, 16, 3), dtype=np.uint8)
+    image = Image.new("RGB", (16, 32), "red")
+    clips = {"2.5": [video], "3": [video[:2], video[2:]]}[version]
+    (output,) = llm.generate(
+        {
+            "prompt": f"t1 {'t8 <video>' * len(clips)} t5 t6 <image> t7",
+            "multi_modal_data": {"image": image, "video": clips},
+        },
+        GREEDY,
+        use_tqdm=False,
+    )
+    assert output.prompt_token_ids.count(VIDEO) == 4
+    inputs = patches(image) | video_patches(video)
+    check(output, model, mm_token_type_ids=types_of, **inputs)
+
+
+MELS, FRAMES = 4, 16
+
+
+def spectra(samples: np.ndarray) -> dict[str, torch.Tensor]:
+    """Any numbers, as many as Voxtral takes at a time: `[chunks, mels, frames]`."""
+    return {"input_features": torch.from_numpy(samples).float().view(-1, MELS, FRAMES)}
+
+
+@pytest.mark.engine
+def test_voxtral_by_a_lambda(tmp_path, start):
+    """Sounds of several lengths."""
+    torch.manual_seed(1)  # its answer has no token of sound
+    config = VoxtralConfig(
+        audio_config={
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_mel_bins": MELS,
+            "max_source_positions": FRAMES // 2,
+            "initializer_range": 0.3,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 128,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.3,
+        },
+        audio_token_id=IMAGE,
+        architectures=["VoxtralForConditionalGeneration"],
+    )
+    model = VoxtralForConditionalGeneration(config).eval()
+    model.config.architectures = ["VoxtralForConditionalGeneration"]
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    chunk = MELS * FRAMES
+    ModelRegistry.register_model(
+        "VoxtralForConditionalGeneration",
+        lambda vllm_config, context: VoxtralForConditionalGeneration(
+            vllm_config.model_config.hf_config
+        ),
+        multimodal=Modality(
+            "audio",
+            placeholder=IMAGE,
+            process=spectra,
+            num_tokens=lambda tensors: 2 * len(tensors["input_features"]),
+            largest=lambda: np.zeros(3 * chunk, dtype=np.float32),
+        ),
+    )
+    llm = start(model=str(tmp_path), skip_tokenizer_init=False)
+    random = np.random.default_rng(0)
+    sounds = [random.standard_normal(n * chunk).astype(np.float32) for n in (1, 3)]
+    (output,) = llm.generate(
+        {
+            "prompt_token_ids": [1, IMAGE, 5, 6, IMAGE, 7],
+            "multi_modal_data": {"audio": sounds},
+        },
+        GREEDY,
+        use_tqdm=False,
+    )
+    assert output.prompt_token_ids.count(IMAGE) == 2 + 6
+    heard = torch.cat([spectra(sound)["input_features"] for sound in sounds])
+    check(output, model, input_features=heard)
+
+
+def test_positions_of_the_largest_input_are_tried():
+    with torch.device("meta"):
+        module = Qwen3VLForConditionalGeneration(qwen3_vl_config())
+    asked = PositionsOfSeveralAxes()
+    asked.module = module
+    for frames in (2, 4):
+        tensors = video_patches(np.zeros((frames, SIDE, SIDE, 3), dtype=np.uint8))
+        one_pair = frames == 2
+        why = r"8 tokens of one video, .*'video_grid_thw': \[1, 3\].*every two frames"
+        with nullcontext() if one_pair else pytest.raises(ValueError, match=why):
+            asked.try_positions("video", 2 * frames, tensors)
 
 
 def test_features_that_no_layer_adds_are_refused():

@@ -8,7 +8,8 @@ References: https://arxiv.org/abs/2409.12191; Transformers' `get_rope_index`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,55 @@ class PositionsOfSeveralAxes:
             return own(input_tokens, mm_features)
         rope_index = find_rope_index(self.module)
         assert rope_index is not None  # or check_positions has refused the module
-        return _positions(rope_index, input_tokens, mm_features)
+        inputs = [
+            Input(
+                feature.modality,
+                feature.mm_position.offset,
+                feature.mm_position.length,
+                feature.data.get_data() if feature.data else {},
+            )
+            for feature in mm_features
+        ]
+        return _positions(rope_index, input_tokens, inputs)
+
+    def try_positions(
+        self, modality: str, tokens: int, tensors: Mapping[str, Any]
+    ) -> None:
+        """Ask for the positions of one input, as a request will.
+
+        Args:
+            modality: Its name.
+            tokens: How many placeholders it becomes.
+            tensors: As `Modality.process` made them.
+
+        Raises:
+            ValueError: `get_rope_index` of Transformers' form does not give them.
+
+        """
+        rope_index = find_rope_index(self.module)
+        if rope_index is None or hasattr(self.module, "get_mrope_input_positions"):
+            return
+        one = Input(modality, 0, tokens, tensors)
+        try:
+            _positions(rope_index, [0] * tokens, [one])
+        except Exception as error:
+            shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+            raise ValueError(
+                f"get_rope_index of {type(self.module).__name__} has no positions for "
+                f"{tokens} tokens of one {modality}, of which process made {shapes}: "
+                f"{error}. Make of each {modality} what the module's own processor "
+                "does; Qwen3-VL's makes an input of its own of every two frames."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Input:
+    """Where an input is in a prompt, and the tensors that were made of it."""
+
+    modality: str
+    offset: int
+    length: int
+    tensors: Mapping[str, Any]
 
 
 def find_rope_index(module: nn.Module) -> Callable[..., Any] | None:
@@ -78,18 +127,16 @@ def check_types(
 def _positions(
     rope_index: Callable[..., Any],
     input_tokens: list[int],
-    mm_features: Sequence[MultiModalFeatureSpec],
+    inputs: Sequence[Input],
 ) -> tuple[torch.Tensor, int]:
     types = torch.zeros(len(input_tokens), dtype=torch.int32)
     # Beside the types, a module may want sizes of the inputs, by the names of the
     # tensors that its processor made.
     wanted = inspect.signature(rope_index).parameters.keys() - {"input_ids", TYPES}
     sizes: dict[str, list[torch.Tensor]] = {}
-    for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
-        start = feature.mm_position.offset
-        end = start + feature.mm_position.length
-        types[start:end] = TYPE_OF_MODALITY[feature.modality]
-        for name, value in (feature.data.get_data() if feature.data else {}).items():
+    for one in sorted(inputs, key=lambda one: one.offset):
+        types[one.offset : one.offset + one.length] = TYPE_OF_MODALITY[one.modality]
+        for name, value in one.tensors.items():
             if name in wanted and isinstance(value, torch.Tensor):
                 sizes.setdefault(name, []).append(value.cpu())
     positions, delta = rope_index(

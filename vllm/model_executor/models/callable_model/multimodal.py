@@ -165,6 +165,8 @@ class MultiModalCallableModel(SupportsMultiModal, CallableModelWrapper):
                     f"each input, which becomes {expected[0]} placeholders. Correct "
                     "the module, or num_tokens of its Modality."
                 )
+            if self.supports_mrope:
+                self.try_positions(name, expected[0], tensors)
 
 
 class _WithoutEncoders:
