@@ -14,7 +14,6 @@ import pytest
 import torch
 from lora_adapters import sequences
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
 from stacked_experts import SIZES, Model, gpt_oss_block, mixtral_block, square_block
 from tiny_model import HIDDEN
 from torch import nn
@@ -91,9 +90,9 @@ def test_equals_peft(block: Any) -> None:
         assert found_gradients.keys() == gradients.keys()
         for key, value in gradients.items():
             assert value.any()
-            torch.testing.assert_close(
-                found_gradients[key], value, rtol=1e-4, atol=1e-4
-            )
+            # An element of float32 sums may be small beside what was added to it.
+            error = (found_gradients[key] - value).norm() / value.norm()
+            assert error < 1e-5, key
     assert [name for name, _ in model.named_parameters()] == names
     assert not vars(model.mlp.experts).keys() & {"gate_up_proj", "down_proj"}
 
@@ -177,9 +176,7 @@ def mixtral(directory: Path) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
-    config.save_pretrained(directory)
-    # Transformers itself would write a file with a matrix for each expert.
-    save_file(model.state_dict(), directory / "model.safetensors")
+    model.save_pretrained(directory)  # a matrix for each expert
     return model
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from vllm.lora.adapter_config import AdapterConfig
+from vllm.lora.adapter_trainer import AdamWParams
 from vllm_generic.tink.backends.base import (
     Batch,
     Datum,
@@ -129,19 +130,46 @@ def test_a_model_that_cannot_be_packed_is_trained_as_it_is(
     sampler.close()
 
 
-def test_experts_that_are_left_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
+MIXTURE = Qwen3MoeConfig(
+    **SIZES, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
+)
+
+
+def test_experts_are_trained_as_mlp(caplog: pytest.LogCaptureFixture) -> None:
     """Transformers keeps all experts of a block in one parameter."""
-    model = model_of(
-        Qwen3MoeConfig(
-            **SIZES, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True
-        )
-    )
+    model = model_of(MIXTURE)
+    with caplog.at_level(logging.WARNING):
+        trainer = ModuleTrainer(WholeModel(model), packed=False)
+    assert "experts" not in caplog.text
+    trainer.create("a", LoraSpec(4, seed=0))
+    trainer.create("b", LoraSpec(4, seed=0, train_mlp=False))
+    trainer.create("c", LoraSpec(4, seed=0, train_attn=False, train_unembed=False))
+    stack = "model.layers.0.mlp.experts.down_proj"
+    assert stack in trainer.export("a").factors
+    assert not any("mlp" in name for name in trainer.export("b").factors)
+    assert {name.split(".")[3] for name in trainer.export("c").factors} == {"mlp"}
+    tokens = np.arange(1, 17)
+    inputs = {"target_tokens": tokens[1:], "weights": np.ones(15, "f4")}
+    batch = Batch([Datum(tokens[:-1], inputs)], "cross_entropy")
+    losses = []
+    for _ in range(4):
+        out = trainer.forward_backward({"c": batch})["c"]
+        losses.append(out.metrics["loss:sum"])
+        trainer.optim_step("c", AdamWParams(learning_rate=1e-2))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_experts_that_are_left_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A GPU's engine adapts none, and vLLM's experts and Megatron's take none."""
+    model = model_of(MIXTURE)
+    for block in model.model.layers:
+        block.mlp.experts.quant_method = None  # as one of vLLM's
     with caplog.at_level(logging.WARNING):
         trainer = ModuleTrainer(pack(model), packed=True)
     parameter = r"model\.layers\.0\.mlp\.experts\.\w+"
     assert re.search(rf"the experts of this model \({parameter} and 3", caplog.text)
     trainer.create("a", LoraSpec(4, seed=0))
-    assert not any("mlp" in name for name in trainer.export("a").factors)
+    assert not any("experts" in name for name in trainer.export("a").factors)
     config = AdapterConfig(4, target_modules=("layers.0.mlp.experts",))
     with pytest.raises(ValueError, match="one parameter of all by target_parameters"):
         trainer._trainer.add("b", config)

@@ -2,9 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Checkpoints that Transformers' `save_pretrained` wrote under other names."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -12,10 +16,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.parallel_context import ParallelContext
+from vllm.model_executor.parameters.load import weights_of
 
 TEXT = {
     "hidden_size": 32,
@@ -70,9 +77,91 @@ def test_published_names_of_llava_load_whole_and_in_part(tmp_path):
         )
 
 
-def test_experts_that_would_be_merged_are_refused_by_name(tmp_path):
-    module = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=2))
-    module.save_pretrained(tmp_path)
+def mixtral() -> MixtralForCausalLM:
+    # Expert 10 comes after expert 2, but not by its letters.
+    return MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=11))
+
+
+def qwen3_moe() -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**TEXT, num_experts=11, moe_intermediate_size=16)
+    )
+
+
+def inside(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module of a user's own, around one of Transformers'."""
+    module = nn.Module()
+    module.inner = build()
+    return module
+
+
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+def test_experts_are_merged(tmp_path, build):
+    torch.manual_seed(0)
+    saved = build()
+    saved.save_pretrained(tmp_path)
     published = load_file(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"part of .*experts\.(gate_up|down)_proj"):
-        load_full_checkpoint(module, published.items(), ParallelContext())
+    own = saved.state_dict()
+    experts = published.keys() - own.keys()
+    assert len(experts) >= 3 * 11
+    context = ParallelContext()
+    for weights in (published.items(), iter(published.items())):
+        module = build()
+        load_full_checkpoint(module, weights, context)
+        torch.testing.assert_close(module.state_dict(), own, atol=0, rtol=0)
+
+    last = sorted(name for name in experts if ".experts." in name)[-1]
+    some = {name: tensor for name, tensor in published.items() if name != last}
+    for weights in (some.items(), iter(some.items())):
+        expected = r"published has \d+ of \d+ elements of model\.layers\.0\.\S+experts"
+        with pytest.raises(ValueError, match=expected):
+            load_full_checkpoint(build(), weights, context, source="published")
+
+    around = inside(build)
+    names = {f"inner.{name}": tensor for name, tensor in published.items()}
+    load_full_checkpoint(around, names.items(), context)
+    torch.testing.assert_close(around.inner.state_dict(), own, atol=0, rtol=0)
+
+
+def test_experts_may_come_in_a_call_each(tmp_path):
+    """In memory that the trainer uses again; an update of some is no whole one."""
+    torch.manual_seed(0)
+    saved, module = mixtral(), mixtral()
+    context = ParallelContext()
+    load_full_checkpoint(module, saved.state_dict().items(), context)
+    weights = weights_of(module, context)
+    weights.update.end()
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(1)
+    saved.save_pretrained(tmp_path)
+    published = load_file(tmp_path / "model.safetensors")
+    for name, tensor in sorted(published.items()):
+        buffer = tensor.clone()
+        load_full_checkpoint(module, [(name, buffer)], context)
+        buffer.zero_()
+    assert weights.update.problem() is None
+    own = saved.state_dict()
+    torch.testing.assert_close(module.state_dict(), own, atol=0, rtol=0)
+
+    weights.update.end()
+    some = next(name for name in published if ".experts." in name)
+    load_full_checkpoint(module, [(some, published[some])], context)
+    problem = weights.update.problem()
+    assert re.search(r"it had \d+ of \d+ elements of model\.layers\.0\.mlp", problem)
+    load_full_checkpoint(module, own.items(), context)
+    assert weights.update.problem() is None
+
+
+def test_experts_of_another_config_are_refused(tmp_path):
+    mixtral().save_pretrained(tmp_path)
+    published = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    more = published | {name.format(11): published[name.format(10)]}
+    wide = published | {name.format(2): torch.ones(TEXT["hidden_size"], 99)}
+    for weights, why in (
+        (more, r"of \d+ elements of model\.layers\.0\.mlp\.experts\.down_proj"),
+        (wide, r"makes model\.\S+\.experts\.down_proj; expected \d+\. .*same config"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            load_full_checkpoint(mixtral(), weights.items(), ParallelContext())

@@ -27,7 +27,7 @@ from vllm.model_executor.parameters.names import (
     Place,
     without_wrappers,
 )
-from vllm.model_executor.parameters.published import Weights, own_names
+from vllm.model_executor.parameters.published import PublishedNames, Weights
 from vllm.model_executor.parameters.reload import (
     brings_all_weights,
     finish_repacking,
@@ -74,11 +74,9 @@ class ModuleWeights:
         self._context = context
         self.names = ModuleNames(module, context)
         own = self.names.shapes()
-        self._elsewhere = {
-            name: shape
-            for name, shape in self.names.shapes_on_all_ranks(context).items()
-            if name not in own
-        }
+        known = self.names.shapes_on_all_ranks(context)
+        self._elsewhere = {n: shape for n, shape in known.items() if n not in own}
+        self._published = PublishedNames(module, known)
         self._loaded = False
         self.update = UpdateState(
             [
@@ -122,8 +120,8 @@ class ModuleWeights:
         load = _Load(self, complete, source)
         try:
             collected = isinstance(weights, Collection)
-            known = self.names.entries.keys() | self._elsewhere.keys()
-            weights = own_names(self._get_module(), weights, known, source)
+            merges = self.update.merges
+            weights = self._published.own(weights, merges, complete, source)
             weights = self.names.unstacked(weights, source)
             if collected:
                 weights = list(weights)
@@ -140,6 +138,8 @@ class ModuleWeights:
                 self.update.fail_load(error, load.written)
             raise
         self._loaded = True
+        for merge in merges.values():
+            merge.keep()
         self.update.finish_load(load.filled)
         return self.names.with_stacked(load.filled)
 

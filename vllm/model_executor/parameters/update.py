@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from vllm.distributed.text_collectives import all_gather_text
 from vllm.model_executor.parameters.names import Entry, Place
+from vllm.model_executor.parameters.published import Merge
 
 LISTED = 8
 
@@ -57,6 +58,8 @@ class UpdateState:
         self._stale: list[frozenset[str]] = []  # to be loaded to end that
         # Layers that were begun, and pack their tensors when all have come.
         self._waiting: dict[nn.Module, Waiting] = {}
+        # Of tensors that come under published names, by the first that is made.
+        self.merges: dict[str, Merge] = {}
         self.touched = False  # since the last `end`
 
     def begin_load(self) -> None:
@@ -89,6 +92,7 @@ class UpdateState:
 
         """
         self._error = f"{type(error).__name__}: {error}"
+        self.merges.clear()
         if written is None or written or self._new:
             self.mark_mixed(self._error)
 
@@ -105,6 +109,7 @@ class UpdateState:
         self._why, self._stale = why, list(self._tensors)
         self._new.clear()
         self._waiting.clear()
+        self.merges.clear()
 
     def has_new(self) -> bool:
         """Whether loads of this update have changed anything."""
@@ -138,6 +143,8 @@ class UpdateState:
                 f"{listed(waiting.missing())} did not come, but vLLM packs all tensors "
                 f"of a {type(layer).__name__} at once"
             )
+        for merge in list(self.merges.values()):
+            self.mark_mixed(f"it had {merge}")
 
     def agree(self, group: ProcessGroup) -> str | None:
         """`problem()` of all ranks of `group`, each of which has to call this.

@@ -32,18 +32,25 @@ def max_length(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2048)
 
 
-def kinds_of_layers(sites: Mapping[str, Site], head: nn.Module) -> dict[str, str]:
+def kinds_of_layers(
+    sites: Mapping[str, Site], head: nn.Module, stacks: bool = False
+) -> dict[str, str]:
     """Name -> "attn", "mlp" or "unembed", of each linear layer.
 
-    Stacks of experts are left out, because no engine on a GPU adapts them. Layers of
-    attention are those with "attn" or "attention" in their name; every other
+    Layers of attention are those with "attn" or "attention" in their name; every other
     layer but the head counts as MLP.
+
+    Args:
+        sites: Of the model.
+        head: The model's.
+        stacks: Also parameters that stack the weights of a block's experts, as MLP.
+
     """
     kinds = {}
     for name, site in sites.items():
         if site.module is head:
             kinds[name] = "unembed"
-        elif not site.is_embedding and not site.experts:
+        elif not site.is_embedding and (stacks or not site.experts):
             attention = any(part in name for part in ATTENTION_NAMES)
             kinds[name] = "attn" if attention else "mlp"
     return kinds

@@ -73,22 +73,28 @@ class ModuleTrainer:
         self.max_runs_in_a_pass = 256 if packed else 1
         self._packed = packed
         self._trainer = AdapterTrainer(module, vocab_size=self.vocab_size, packed=True)
-        layers = {n for n, site in self._trainer.sites.items() if not site.experts}
-        experts = experts_without_adapters(module, layers)
+        sites = self._trainer.sites
+        on_cpu = next(module.parameters()).device.type == "cpu"
+        self._kinds = hf_model.kinds_of_layers(
+            sites,
+            module.get_output_embeddings(),
+            stacks=on_cpu,  # an engine on a GPU adapts no experts
+        )
+        adapted = {n for n, s in sites.items() if on_cpu or not s.experts}
+        experts = experts_without_adapters(module, adapted)
         if experts:
             logger.warning(
-                "adapters leave out the experts of this model (%s and %d more): they "
-                "are no linear layers",
+                "adapters leave out the experts of this model (%s and %d more), which "
+                "take none in an engine on a GPU, or in no engine",
                 experts[0],
                 len(experts) - 1,
             )
-        self._kinds = hf_model.kinds_of_layers(
-            self._trainer.sites, module.get_output_embeddings()
-        )
 
     def create(self, run: str, spec: LoraSpec) -> None:
         targets = hf_model.target_modules(self._kinds, spec)
-        config = AdapterConfig(spec.rank, spec.alpha, target_modules=tuple(targets))
+        stacks = tuple(n for n in targets if self._trainer.sites[n].experts)
+        layers = tuple(n for n in targets if n not in stacks)
+        config = AdapterConfig(spec.rank, spec.alpha, layers, stacks)
         self._trainer.add(run, config, seed=spec.seed)
 
     def remove(self, run: str) -> None:
