@@ -6,11 +6,15 @@ The kernel runs in Triton's interpreter on a CPU, where one process has what all
 have; between two GPUs (`-m gpu`) all of it runs.
 """
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from ranks import run_ranks
+from torch.distributed import ProcessGroup
 from triton_interpreter import interpret
 
 from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
@@ -38,6 +42,36 @@ def test_kernel_in_the_interpreter() -> None:
     pytest.importorskip("triton.runtime.interpreter")
     equal = interpret(__file__, "interpreted")
     assert len(equal) == 16 and all(equal)
+
+
+def test_a_rank_that_cannot_share_its_memory(tmp_path: Path) -> None:
+    """All ranks take the other way. The GPUs are stood in for."""
+    run_ranks(room_of_one_that_fails, tmp_path, tensor_parallel_size=2)
+
+
+def room_of_one_that_fails(context: ParallelContext) -> None:
+    from vllm.model_executor.layers.tree_linear import peer_sums
+
+    def make(failing: list[int], group: ProcessGroup, device: torch.device) -> str:
+        if group.rank() in failing:
+            raise RuntimeError("pidfd_getfd: Operation not permitted")
+        return "room"
+
+    group = get_tp_group().device_group
+    platform = SimpleNamespace(
+        is_cuda=lambda: True,
+        is_fully_connected=lambda devices: devices == [0, 0],
+        visible_device_id_to_physical_device_id=int,
+    )
+    with (
+        patch.object(peer_sums, "current_platform", platform),
+        patch.object(torch.cuda, "current_device", lambda: 0),
+    ):
+        for failing, expected in (([1], None), ([], "room")):
+            with patch.object(peer_sums, "PeerRoom", partial(make, failing)):
+                peer_sums.room_of.cache_clear()
+                assert peer_sums.room_of(group) == expected
+    peer_sums.room_of.cache_clear()
 
 
 @pytest.mark.gpu(2)

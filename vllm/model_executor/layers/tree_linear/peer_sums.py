@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
+
+logger = init_logger(__name__)
 
 # Bytes of each rank that its peers can read. A longer sum takes several rounds.
 ROOM = 32 * 2**20
@@ -47,7 +50,8 @@ class PeerRoom:
 def room_of(group: dist.ProcessGroup) -> PeerRoom | None:
     """The room of a group, or None unless NVLink joins all of its GPUs.
 
-    The first call is a collective one.
+    It is None, too, if memory cannot be shared on any of them. The first call is a
+    collective one.
     """
     if not current_platform.is_cuda():
         return None
@@ -58,7 +62,22 @@ def room_of(group: dist.ProcessGroup) -> PeerRoom | None:
     hosts, numbers = zip(*found, strict=True)
     if len(set(hosts)) > 1 or not current_platform.is_fully_connected(list(numbers)):
         return None
-    return PeerRoom(group, device)
+    room, failure = None, ""
+    try:
+        room = PeerRoom(group, device)
+    except RuntimeError as error:  # as where a container forbids it
+        failure = str(error)
+    failures = [failure] * group.size()
+    dist.all_gather_object(failures, failure, group)
+    if why := next(filter(None, failures), ""):
+        logger.warning(
+            "GPUs of this group could read each other's memory, but it cannot be "
+            "shared: %s. Sums over ranks go through NCCL, with the same bits and more "
+            "slowly.",
+            why.splitlines()[0],
+        )
+        return None
+    return room
 
 
 def sum_of_peers(
