@@ -69,6 +69,27 @@ def test_what_depends_on_the_number_of_tokens_is_refused(condition):
 
 
 @torch.no_grad()
+def test_other_sizes_of_the_inputs_are_no_numbers_of_tokens():
+    """The width of embeddings, and the axes of positions, which a module asks for."""
+    linear = nn.Linear(8, 8)
+
+    def forward(embeddings, positions):
+        assert embeddings.shape[1] == 8 and positions.shape[0] != 4
+        axes = positions.expand(3, -1)
+        return linear(embeddings) + axes.sum(0)[:, None]
+
+    def arguments(tokens):
+        return torch.randn(tokens, 8), torch.arange(3 * tokens).view(3, tokens)
+
+    graph = record(forward, *arguments(TOKENS), MOST, MOST)
+    for tokens in (1, 3, 4, 8, 50, MOST):
+        given = arguments(tokens)
+        assert torch.equal(graph(*given), forward(*given))
+    with pytest.raises(UnrecordableError, match="for 37 tokens and false for"):
+        record(lambda x, p: x if x.shape[0] > 8 else -x, *arguments(TOKENS), MOST, MOST)
+
+
+@torch.no_grad()
 def test_what_a_module_asks_is_about_one_sequence():
     model = Model()
     mask = torch.ones(512, 512)
