@@ -12,15 +12,15 @@
 - training: forward, backward and step of 8 adapters as the service does it on a GPU,
   and by eight passes with PEFT's `set_adapter` on the same Hugging Face model.
 - service: saving weights for a sampler, and what a request costs beside its work: a
-  step without gradients. Peer of the first: save, then `add_lora`.
+  step without gradients. Peer of the first: save, then `add_lora`. With `--skyrl`
+  SkyRL's server gets the same requests.
 
-Figures are medians. Every peer runs in the same run; SkyRL's server is not run.
+Figures are medians. Every peer runs in the same run.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +32,7 @@ from typing import Any
 from harness import host
 from llama import LLAMA_1B, LlamaShape
 from lora_engines import Engine
+from lora_service import service
 
 TINY = LlamaShape(
     hidden_size=128,
@@ -197,76 +198,12 @@ def _bytes_of_an_adapter(trainer: Any) -> int:
 # ---- The service ---------------------------------------------------------------------
 
 
-class Client:
-    """The few requests that are timed, over HTTP."""
-
-    def __init__(self, url: str) -> None:
-        import httpx
-
-        self._http = httpx.Client(base_url=f"{url}/api/v1/", timeout=120)
-        session = self.post("create_session", {})["session_id"]
-        created = self.post(
-            "create_model",
-            {
-                "session_id": session,
-                "model_seq_id": 0,
-                "base_model": "bench",
-                "lora_config": {"rank": RANK, "seed": 0, "train_unembed": False},
-            },
-        )
-        self.model = self.result(created)["model_id"]
-        self._seq = self._samplers = 0
-
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._http.post(path, json=body)
-        answer.raise_for_status()
-        return answer.json()
-
-    def result(self, future: dict[str, Any]) -> dict[str, Any]:
-        return self.post("retrieve_future", {"request_id": future["request_id"]})
-
-    def operation(self, kind: str, **body: Any) -> dict[str, Any]:
-        self._seq += 1
-        asked = {"model_id": self.model, "seq_id": self._seq} | body
-        return self.result(self.post(kind, asked))
-
-    def step(self) -> None:
-        self.operation("optim_step")
-
-    def sampler(self) -> None:
-        self._samplers += 1
-        self.operation(
-            "save_weights_for_sampler", sampling_session_seq_id=self._samplers
-        )
-
-
-def service(shape: str, device: str) -> dict[str, Any]:
-    """The service in a process of its own, with samplers that draw one token."""
+def served(shape: str, device: str, skyrl: str | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "model"
         _hf_model(SHAPES[shape], device).save_pretrained(folder)
         _tokenizer(folder)
-        command = [sys.executable, "-m", "vllm_generic.tink", "serve", str(folder)]
-        command += ["--model-name", "bench", "--port", "0", "--device", device]
-        command += ["--root", f"{directory}/state"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            client = Client(_url(process))
-            return {
-                "step without gradients, s": median_seconds(client.step, 100, "cpu"),
-                "weights for a sampler, s": median_seconds(client.sampler, 9, "cpu"),
-            }
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _url(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "tink serves" in line:
-            return line.partition(" on ")[2].partition(",")[0]
-    raise RuntimeError("the service did not start")
+        return service(folder, device, RANK, skyrl)
 
 
 def _tokenizer(folder: Path) -> None:
@@ -309,6 +246,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=2, help="timings of each (2)")
+    parser.add_argument(
+        "--skyrl", metavar="PYTHON", help="of an environment with skyrl-tx, as a peer"
+    )
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
 
@@ -324,7 +264,7 @@ def main() -> None:
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "sampling": lambda: sampling(args.shape, args.repeats, device != "cpu"),
         "training": lambda: training(args.shape, args.repeats, device),
-        "service": lambda: service(args.shape, device),
+        "service": lambda: served(args.shape, device, args.skyrl),
     }
     for part in args.parts:
         results[part] = work[part]()
