@@ -23,6 +23,7 @@ from transformers import (
 from vllm.model_executor.model_loader.full_checkpoint import load_full_checkpoint
 from vllm.model_executor.parallel_context import ParallelContext
 from vllm.model_executor.parameters.load import weights_of
+from vllm.model_executor.parameters.published import PublishedNames
 
 TEXT = {
     "hidden_size": 32,
@@ -151,6 +152,19 @@ def test_experts_may_come_in_a_call_each(tmp_path):
     assert re.search(r"it had \d+ of \d+ elements of model\.layers\.0\.mlp", problem)
     load_full_checkpoint(module, own.items(), context)
     assert weights.update.problem() is None
+
+
+def test_what_other_ranks_have_is_not_merged(tmp_path):
+    saved = mixtral()
+    saved.save_pretrained(tmp_path)
+    published = load_file(tmp_path / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in saved.state_dict().items()}
+    here = {"model.layers.0.mlp.experts.down_proj"}
+    names = PublishedNames(saved, here, shapes)
+    found = dict(names.own(published.items(), {}, True, "published"))
+    assert {name: tensor.shape for name, tensor in found.items()} == shapes
+    elsewhere = {name for name, tensor in found.items() if tensor.is_meta}
+    assert elsewhere == {"model.layers.0.mlp.experts.gate_up_proj"}
 
 
 def test_experts_of_another_config_are_refused(tmp_path):

@@ -76,7 +76,7 @@ class ModuleWeights:
         own = self.names.shapes()
         known = self.names.shapes_on_all_ranks(context)
         self._elsewhere = {n: shape for n, shape in known.items() if n not in own}
-        self._published = PublishedNames(module, known)
+        self._published = PublishedNames(module, own, known)
         self._loaded = False
         self.update = UpdateState(
             [

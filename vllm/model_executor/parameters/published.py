@@ -60,14 +60,18 @@ class PublishedNames:
 
     Args:
         module: What is loaded. Parts of it that are Transformers' have such names.
-        shapes: By the module's own names; None if one is not known.
+        here: The module's own names that this rank has.
+        shapes: By the own names of all ranks; None if one is not known.
 
     """
 
     def __init__(
-        self, module: nn.Module, shapes: Mapping[str, torch.Size | None]
+        self,
+        module: nn.Module,
+        here: Collection[str],
+        shapes: Mapping[str, torch.Size | None],
     ) -> None:
-        self._shapes = shapes
+        self._here, self._shapes = here, shapes
         self._conversions: list[_Conversions] = []
         for prefix, part in module.named_modules():
             inside = any(prefix.startswith(one.prefix) for one in self._conversions)
@@ -127,8 +131,16 @@ class PublishedNames:
                     f"which Transformers makes {', '.join(merge.targets)}; expected "
                     f"{merge.numel}. Use a checkpoint of the same config."
                 )
-            if merge.came() == merge.numel:
-                yield from conversions.merged(merges.pop(own))
+            if merge.came() < merge.numel:
+                continue
+            del merges[own]
+            if any(target in self._here for target in merge.targets):
+                yield from conversions.merged(merge)
+                continue
+            for (
+                target
+            ) in merge.targets:  # other ranks have it: only shapes are looked at
+                yield target, torch.empty(shapes[target] or (), device="meta")
         for merge in merges.values() if complete else ():
             raise ValueError(f"{source} has {merge}. Use a whole checkpoint.")
 
