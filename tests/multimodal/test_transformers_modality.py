@@ -4,7 +4,9 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -262,6 +266,27 @@ QWEN_IMAGES = Modality(
 )
 
 
+def saved(
+    model_cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    folder: Path,
+    multimodal: Any,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model of random weights in `folder`, which is registered by a lambda."""
+    torch.manual_seed(seed)
+    model = model_cls(config).eval()
+    model.config.architectures = [model_cls.__name__]
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    ModelRegistry.register_model(
+        model_cls.__name__,
+        lambda vllm_config, context: model_cls(vllm_config.model_config.hf_config),
+        multimodal=multimodal,
+    )
+    return model
+
+
 def types_of(ids: torch.Tensor) -> torch.Tensor:
     """As Transformers numbers them: text, images, videos."""
     return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
@@ -284,17 +309,8 @@ def test_qwen_vl_by_a_lambda(tmp_path, start, version, options):
 
     In the newer one decoder layers add features of the image, too.
     """
-    torch.manual_seed(0)
     model_cls, config = QWENS[version]
-    model = model_cls(config()).eval()
-    model.config.architectures = [model_cls.__name__]
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    ModelRegistry.register_model(
-        model_cls.__name__,
-        lambda vllm_config, context: model_cls(vllm_config.model_config.hf_config),
-        multimodal=QWEN_IMAGES,
-    )
+    model = saved(model_cls, config(), tmp_path, QWEN_IMAGES)
     llm = start(model=str(tmp_path), skip_tokenizer_init=False, **options)
     compiles = not options.get("enforce_eager", True)
     assert llm.apply_model(lambda m: m.do_not_compile) == [not compiles]
@@ -339,17 +355,8 @@ QWEN_VIDEOS = Modality(
 @pytest.mark.parametrize("version", ["2.5", pytest.param("3", marks=pytest.mark.slow)])
 def test_a_video_beside_an_image(tmp_path, start, version):
     """The newer Qwen has text between any two frames, which says when they are."""
-    torch.manual_seed(0)
     model_cls, config = QWENS[version]
-    model = model_cls(config()).eval()
-    model.config.architectures = [model_cls.__name__]
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    ModelRegistry.register_model(
-        model_cls.__name__,
-        lambda vllm_config, context: model_cls(vllm_config.model_config.hf_config),
-        multimodal=[QWEN_IMAGES, QWEN_VIDEOS],
-    )
+    model = saved(model_cls, config(), tmp_path, [QWEN_IMAGES, QWEN_VIDEOS])
     llm = start(model=str(tmp_path), skip_tokenizer_init=False, **CHUNKS)
     video = np.random.default_rng(0).integers(0, 256, (4, 8, 16, 3), dtype=np.uint8)
     image = Image.new("RGB", (16, 32), "red")
@@ -378,7 +385,6 @@ def spectra(samples: np.ndarray) -> dict[str, torch.Tensor]:
 @pytest.mark.engine
 def test_voxtral_by_a_lambda(tmp_path, start):
     """Sounds of several lengths."""
-    torch.manual_seed(1)  # its answer has no token of sound
     config = VoxtralConfig(
         audio_config={
             "hidden_size": 32,
@@ -403,37 +409,29 @@ def test_voxtral_by_a_lambda(tmp_path, start):
         audio_token_id=IMAGE,
         architectures=["VoxtralForConditionalGeneration"],
     )
-    model = VoxtralForConditionalGeneration(config).eval()
-    model.config.architectures = ["VoxtralForConditionalGeneration"]
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
     chunk = MELS * FRAMES
-    ModelRegistry.register_model(
-        "VoxtralForConditionalGeneration",
-        lambda vllm_config, context: VoxtralForConditionalGeneration(
-            vllm_config.model_config.hf_config
-        ),
-        multimodal=Modality(
-            "audio",
-            placeholder=IMAGE,
-            process=spectra,
-            num_tokens=lambda tensors: 2 * len(tensors["input_features"]),
-            largest=lambda: np.zeros(3 * chunk, dtype=np.float32),
-        ),
+    sounds = Modality(
+        "audio",
+        placeholder=IMAGE,
+        process=spectra,
+        num_tokens=lambda tensors: 2 * len(tensors["input_features"]),
+        largest=lambda: np.zeros(3 * chunk, dtype=np.float32),
     )
+    # With this seed its answer has no token of sound.
+    model = saved(VoxtralForConditionalGeneration, config, tmp_path, sounds, seed=1)
     llm = start(model=str(tmp_path), skip_tokenizer_init=False)
     random = np.random.default_rng(0)
-    sounds = [random.standard_normal(n * chunk).astype(np.float32) for n in (1, 3)]
+    played = [random.standard_normal(n * chunk).astype(np.float32) for n in (1, 3)]
     (output,) = llm.generate(
         {
             "prompt_token_ids": [1, IMAGE, 5, 6, IMAGE, 7],
-            "multi_modal_data": {"audio": sounds},
+            "multi_modal_data": {"audio": played},
         },
         GREEDY,
         use_tqdm=False,
     )
     assert output.prompt_token_ids.count(IMAGE) == 2 + 6
-    heard = torch.cat([spectra(sound)["input_features"] for sound in sounds])
+    heard = torch.cat([spectra(sound)["input_features"] for sound in played])
     check(output, model, input_features=heard)
 
 
