@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,22 @@ def host() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
     }
+
+
+def median_seconds(
+    work: Callable[[], Any], times: int, synchronize: bool = False
+) -> float:
+    """The median of `times` calls after a first one, each until the GPU has ended."""
+    import torch
+
+    seconds = []
+    for _ in range(times + 1):
+        begin = time.perf_counter()
+        work()
+        if synchronize:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
 
 
 class Child:

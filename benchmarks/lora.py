@@ -23,13 +23,12 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import host
+from harness import host, median_seconds
 from llama import LLAMA_1B, LlamaShape
 from lora_engines import Engine
 from lora_service import service
@@ -50,20 +49,6 @@ SAMPLING = {"tiny": ((16, 16), 32), "1b": ((512, 128), 256)}
 TRAINING_LENGTHS = {"tiny": (32, 256), "1b": (512, 4096)}
 ADAPTERS, RANK = 8, 32
 PARTS = ("sampling", "training", "service")
-
-
-def median_seconds(work: Callable[[], Any], times: int, device: str) -> float:
-    """Of `times` calls after a first one, waiting for the device."""
-    import torch
-
-    seconds = []
-    for _ in range(times + 1):
-        begin = time.perf_counter()
-        work()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
 
 
 # ---- Sampling ------------------------------------------------------------------------
@@ -172,7 +157,7 @@ def training(shape: str, repeats: int, device: str) -> dict[str, Any]:
                 seconds = median_seconds(
                     lambda t=trainer, b=batches: _service_step(t, b, params),
                     repeats,
-                    device,
+                    device != "cpu",
                 )
             except RuntimeError as error:  # out of memory
                 print(f"{name}, {length} tokens: {error}", file=sys.stderr)

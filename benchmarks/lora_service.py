@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from harness import median_seconds
 
 # SkyRL starts its engine by uv, which would make another environment.
 UV = '#!/bin/sh\nwhile [ "$1" != -m ]; do shift; done\nexec "{python}" "$@"\n'
@@ -96,18 +96,9 @@ def service(
 
 def _timed(name: str, client: Client) -> dict[str, float]:
     return {
-        f"{name}step without gradients, s": _median(client.step, 100),
-        f"{name}weights for a sampler, s": _median(client.sampler, 9),
+        f"{name}step without gradients, s": median_seconds(client.step, 100),
+        f"{name}weights for a sampler, s": median_seconds(client.sampler, 9),
     }
-
-
-def _median(work: Callable[[], None], times: int) -> float:
-    seconds = []
-    for _ in range(times + 1):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
 
 
 @contextmanager

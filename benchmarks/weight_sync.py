@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import host, last_json
+from harness import host, last_json, median_seconds
 from llama import LLAMA_1B, LLAMA_8B, Llama, LlamaShape
 
 SHAPES = {
@@ -64,18 +64,6 @@ KINDS = (
 
 def factory(shape: LlamaShape) -> Callable[..., Llama]:
     return lambda vllm_config, parallel_context: Llama(shape, parallel_context)
-
-
-def median_of(action: Callable[[], Any], rounds: int, synchronize: bool) -> float:
-    """Seconds of one call, the first left out."""
-    times = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        action()
-        if synchronize:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
 
 
 def engine_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -231,7 +219,7 @@ def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine = WeightTransferTrainerFactory.trainer_init(
         info, client=Client(), source=Source()
     )
-    seconds = median_of(engine.send_weights, args.rounds, True)
+    seconds = median_seconds(engine.send_weights, args.rounds, True)
     return {"seconds": seconds, "bytes": nbytes_of(model)}
 
 
@@ -285,7 +273,10 @@ def run_gloo(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             groups[0].broadcast(weight.contiguous(), 0).wait()
         receiver.join()
 
-    return {"seconds": median_of(update, args.rounds, False), "bytes": nbytes_of(model)}
+    return {
+        "seconds": median_seconds(update, args.rounds, False),
+        "bytes": nbytes_of(model),
+    }
 
 
 def run_stall(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -356,7 +347,10 @@ def run_copies(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     cuda = source.is_cuda
     torch.set_num_threads(1)
-    found = {"bytes": size, "copy": median_of(lambda: copy(parts), args.rounds, cuda)}
+    found = {
+        "bytes": size,
+        "copy": median_seconds(lambda: copy(parts), args.rounds, cuda),
+    }
     if args.two_gpus:
         del parts
         there = [torch.empty_like(p, device="cuda:0") for p in model.parameters()]
@@ -365,7 +359,7 @@ def run_copies(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             copy(there)
             torch.cuda.synchronize("cuda:0")
 
-        found["peer copy"] = median_of(peer_copy, args.rounds, cuda)
+        found["peer copy"] = median_seconds(peer_copy, args.rounds, cuda)
     return found
 
 

@@ -49,6 +49,16 @@ from vllm.transformers_utils.config import uses_mrope
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
 VIDEO, IMAGE = 126, 127
 SIDE = 16
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -82,16 +92,7 @@ def largest() -> Image.Image:
 def llava(tmp_path):
     """A directory with a small LLaVA of random weights, and the model."""
     torch.manual_seed(0)
-    text = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=128,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
+    text = LlamaConfig(**TEXT)
     eyes = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -154,17 +155,8 @@ def check(output, model, **inputs) -> None:
 
 def qwen_vl_config(rope: dict) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 128,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | rope,
-        },
+        text_config=TEXT
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | rope},
         vision_config={
             "hidden_size": 32,
             "out_hidden_size": 64,
@@ -395,17 +387,7 @@ def test_voxtral_by_a_lambda(tmp_path, start):
             "max_source_positions": FRAMES // 2,
             "initializer_range": 0.3,
         },
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 128,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.3,
-        },
+        text_config={"model_type": "llama"} | TEXT,
         audio_token_id=IMAGE,
         architectures=["VoxtralForConditionalGeneration"],
     )

@@ -216,7 +216,8 @@ class _Session:
         if self._rendezvous.get(f"verdict/{self._update}"):
             self._local.commit()
             if self._stream is not None:
-                # The next update writes to what this one is copied from.
+                # The commit still copies from the rooms that the next update is
+                # received into, so that update waits on the device, and no one here.
                 serving = torch.cuda.current_stream(self._device)
                 self._stream.wait_stream(serving)
                 if self._frees:

@@ -137,9 +137,8 @@ class PublishedNames:
             if any(target in self._here for target in merge.targets):
                 yield from conversions.merged(merge)
                 continue
-            for (
-                target
-            ) in merge.targets:  # other ranks have it: only shapes are looked at
+            # Other ranks have them, and this one only looks at their shapes.
+            for target in merge.targets:
                 yield target, torch.empty(shapes[target] or (), device="meta")
         for merge in merges.values() if complete else ():
             raise ValueError(f"{source} has {merge}. Use a whole checkpoint.")

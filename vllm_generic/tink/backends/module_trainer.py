@@ -84,8 +84,8 @@ class ModuleTrainer:
         experts = experts_without_adapters(module, adapted)
         if experts:
             logger.warning(
-                "adapters leave out the experts of this model (%s and %d more), which "
-                "take none in an engine on a GPU, or in no engine",
+                "adapters leave out the experts of this model (%s and %d more): an "
+                "engine on a GPU adapts none, and vLLM's and Megatron's take none",
                 experts[0],
                 len(experts) - 1,
             )

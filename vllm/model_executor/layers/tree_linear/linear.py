@@ -122,7 +122,8 @@ def total_of_ranks(
     needs_gradient = bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (local.requires_grad or needs_gradient):
         sums = collectives.all_gather(local.unsqueeze(0), group, dim=0)
-        return round_sum(tree_sum(sums), bias, dtype)  # [ranks, ..., outputs]
+        # [ranks, ..., outputs] -> [..., outputs]
+        return round_sum(tree_sum(sums), bias, dtype)
     rows = local.reshape(-1, local.shape[-1])
     if local.is_cuda:
         name = group.device_group.group_name
